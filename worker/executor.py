@@ -1,0 +1,47 @@
+"""The seam between a worker's transport and its arithmetic.
+
+`worker.relay` moves payloads and calls an Executor on its one compute thread; `worker.stage` is the real one,
+`cluster.testing` has a fake. Covers the interface only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from cluster.microbatch import StepHeader, StepResult
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a step leaves behind at a stage: tensors for the next stage, or the result at the last one executed."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name → [num_tokens, hidden_size], on the CPU
+    result: StepResult | None = None
+
+
+class Executor(Protocol):
+    """A loaded span. Every method is called from the compute thread, one at a time."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the span: what progress is measured against."""
+        ...
+
+    def execute(
+        self, header: StepHeader, tensors: Mapping[str, Tensor], on_block: Callable[[int], None]
+    ) -> StageOutput:
+        """Run one step. `tensors` is what the stage before sent (empty at stage 0, which embeds token ids).
+
+        Calls `on_block(blocks_done)` after every block. Applies the header's page deltas, sampling changes and finished
+        sequences first. Raises a SpanwiseError, or whatever torch raises; the KV cache of the step's sequences is then undefined.
+        """
+        ...
+
+    def open_epoch(self) -> None:
+        """Forget every sequence: page tables and sampling states."""
+        ...
