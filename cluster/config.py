@@ -49,7 +49,14 @@ class ServeConfig:
 
     def validate(self) -> None:
         """Raise ConfigurationError naming the first setting that cannot be right."""
-        positive = ("workers", "max_running", "max_waiting", "max_step_tokens", "inter_token_target", "step_timeout")
+        positive = (
+            "workers",
+            "max_running",
+            "max_waiting",
+            "max_step_tokens",
+            "inter_token_target",
+            "step_timeout",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -60,7 +67,9 @@ class ServeConfig:
             raise ConfigurationError(f"port must be between 0 and 65535, not {self.port}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+                raise ConfigurationError(
+                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
         parse_port_range(self.stage_ports)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cluster.microbatch import StepHeader, StepResult
+from cluster.model_spec import CheckpointFile, ModelSizes, ModelSource, Precision
+from cluster.span import Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 class StageOutput:
     """What a step leaves behind at a stage: tensors for the next stage, or the result at the last one executed."""
 
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name → [num_tokens, hidden_size], on the CPU
+    tensors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # name → [num_tokens, hidden_size], on the CPU
     result: StepResult | None = None
 
 
@@ -44,4 +48,61 @@ class Executor(Protocol):
 
     def open_epoch(self) -> None:
         """Forget every sequence: page tables and sampling states."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """Everything a worker needs to load its span. `token` is a hub token: never log it."""
+
+    stage: int
+    num_stages: int
+    span: Span
+    config: Mapping[str, Any]  # config.json
+    source: ModelSource
+    checkpoint_service: (
+        str  # host:port of the coordinator's; empty when every worker reaches the source itself
+    )
+    weight_files: tuple[CheckpointFile, ...]
+    weight_map: Mapping[str, str]  # tensor → file; empty for a single file
+    precision: Precision
+    kv_dtype: str  # "auto", "fp32", "bf16" or "fp16"
+    wire_dtype: str  # likewise
+    num_pages: int
+    page_size: int
+    max_context: int
+    is_exact: bool
+    token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """A sign of life while loading. `bytes_total` 0 means unknown."""
+
+    phase: Literal["downloading", "loading"]
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSpan:
+    """What a worker holds after loading."""
+
+    executor: Executor
+    weight_bytes: int
+    kv_bytes: int
+    compute_dtype: str
+    wire_dtype: str
+    kv_dtype: str
+
+
+class SpanLoader(Protocol):
+    """Loads spans and measures models; `worker.loading` has the real one. Called from the compute thread."""
+
+    def measure(self, config: Mapping[str, Any]) -> ModelSizes:
+        """Count parameters from config.json alone. Raises ConfigurationError for an unsupported architecture."""
+        ...
+
+    def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
+        """Download and load. Raises ConfigurationError, NotFoundError, PermissionDeniedError, StageUnavailableError."""
         ...
