@@ -67,9 +67,7 @@ class ServeConfig:
             raise ConfigurationError(f"port must be between 0 and 65535, not {self.port}")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
-                raise ConfigurationError(
-                    f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}"
-                )
+                raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         parse_port_range(self.stage_ports)
 
 

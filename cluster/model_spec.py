@@ -48,9 +48,7 @@ class FolderSource:
     other asks the coordinator's checkpoint service for the byte ranges of its span."""
 
     path: str
-    digest: (
-        str  # of file names, sizes and small files' contents: tells whether two machines see the same folder
-    )
+    digest: str  # of file names, sizes and small files' contents: tells whether two machines see the same folder
 
 
 ModelSource = HubSource | FolderSource
@@ -78,9 +76,7 @@ class ModelSpec:
     max_context: int  # longest context the architecture allows, in tokens
     eos_token_ids: frozenset[int]
     weight_files: tuple[CheckpointFile, ...]
-    weight_map: Mapping[str, str] = field(
-        default_factory=dict
-    )  # tensor → file, from the index; empty: one file
+    weight_map: Mapping[str, str] = field(default_factory=dict)  # tensor → file, from the index; empty: one file
     generation_config: Mapping[str, Any] = field(default_factory=dict)
 
     @property

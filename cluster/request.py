@@ -61,13 +61,9 @@ class SamplingParams:
                 raise InvalidRequestError(f"{name} must be between 0 and {MAX_LOGPROBS}, not {count}")
         for token_id, bias in self.logit_bias.items():
             if not 0 <= token_id < vocab_size:
-                raise InvalidRequestError(
-                    f"logit_bias names token id {token_id}; the vocabulary has {vocab_size}"
-                )
+                raise InvalidRequestError(f"logit_bias names token id {token_id}; the vocabulary has {vocab_size}")
             if math.isnan(bias) or bias == math.inf:
-                raise InvalidRequestError(
-                    f"logit_bias of token id {token_id} must be a number or -inf, not {bias}"
-                )
+                raise InvalidRequestError(f"logit_bias of token id {token_id} must be a number or -inf, not {bias}")
 
 
 _RANGES = (

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 class StageOutput:
     """What a step leaves behind at a stage: tensors for the next stage, or the result at the last one executed."""
 
-    tensors: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # name → [num_tokens, hidden_size], on the CPU
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name → [num_tokens, hidden_size], on the CPU
     result: StepResult | None = None
 
 
@@ -60,9 +58,7 @@ class LoadOrder:
     span: Span
     config: Mapping[str, Any]  # config.json
     source: ModelSource
-    checkpoint_service: (
-        str  # host:port of the coordinator's; empty when every worker reaches the source itself
-    )
+    checkpoint_service: str  # host:port of the coordinator's; empty when every worker reaches the source itself
     weight_files: tuple[CheckpointFile, ...]
     weight_map: Mapping[str, str]  # tensor → file; empty for a single file
     precision: Precision
