@@ -40,7 +40,8 @@ class Executor(Protocol):
         """Run one step. `tensors` is what the stage before sent (empty at stage 0, which embeds token ids).
 
         Calls `on_block(blocks_done)` after every block. Applies the header's page deltas, sampling changes and finished
-        sequences first. Raises a SpanwiseError, or whatever torch raises; the KV cache of the step's sequences is then undefined.
+        sequences first. Raises a SpanwiseError, or whatever torch raises; the cached keys and values of the step's
+        sequences are then undefined.
         """
         ...
 
