@@ -150,7 +150,7 @@ class DescribeClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message")
+    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message", "num_steps", "busy_seconds", "bubble_seconds", "received_bytes", "hop_seconds")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,11 @@ class StageStatus(_message.Message):
     PROGRESS_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUSY_SHARE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     state: StageState
     worker_id: str
@@ -183,7 +188,12 @@ class StageStatus(_message.Message):
     progress_total_bytes: int
     busy_share: float
     message: str
-    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ...) -> None: ...
+    num_steps: int
+    busy_seconds: float
+    bubble_seconds: float
+    received_bytes: int
+    hop_seconds: float
+    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ..., num_steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., bubble_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., hop_seconds: _Optional[float] = ...) -> None: ...
 
 class DescribeClusterResponse(_message.Message):
     __slots__ = ("version", "protocol_version", "state", "message", "model", "stages", "num_running", "num_waiting", "max_waiting", "num_pages", "num_free_pages", "page_size", "uptime_seconds", "prompt_tokens_per_second", "output_tokens_per_second", "num_requests_finished", "num_requests_failed", "num_steps_in_flight", "epoch")
