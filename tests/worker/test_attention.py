@@ -1,0 +1,180 @@
+"""Attention over the paged cache against a naive reference, and its exactness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster.microbatch import Epoch, PageDelta, StepHeader, StepId
+from cluster.request import SequenceId
+from worker.attention import attend
+from worker.kv_cache import KVCache
+
+PAGE_SIZE = 64
+NUM_PAGES = 16
+
+
+@dataclass(frozen=True)
+class Model:
+    """Attention's shape and options."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    window: int | None = None
+    is_alibi: bool = False
+
+    @property
+    def slopes(self) -> Tensor | None:
+        return 2.0 ** -(torch.arange(1, self.num_heads + 1) / 2) if self.is_alibi else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some tokens of a sequence, computed in one step."""
+
+    sequence_id: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Projections:
+    """A sequence's queries, keys and values, `[num_heads, num_tokens, head_dim]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def cut(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        rows = slice(chunk.start, chunk.start + chunk.length)
+        return self.query[:, rows], self.key[:, rows], self.value[:, rows]
+
+
+def projections(model: Model, num_tokens: int, seed: int) -> Projections:
+    generator = torch.Generator().manual_seed(seed)
+    heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+    return Projections(*(torch.randn(n, num_tokens, model.head_dim, generator=generator) for n in heads))
+
+
+def step(chunks: Sequence[Chunk], deltas: Sequence[PageDelta] = ()) -> StepHeader:
+    return StepHeader(
+        epoch=Epoch(1, 1),
+        step_id=StepId(0),
+        deadline_ms=1000,
+        sequence_ids=tuple(SequenceId(chunk.sequence_id) for chunk in chunks),
+        start_positions=tuple(chunk.start for chunk in chunks),
+        lengths=tuple(chunk.length for chunk in chunks),
+        token_ids=(0,) * sum(chunk.length for chunk in chunks),
+        logits_rows=(0,) * len(chunks),
+        is_sampled=(False,) * len(chunks),
+        page_deltas=tuple(deltas),
+    )
+
+
+def new_cache(model: Model, dtype: torch.dtype = torch.float32) -> KVCache:
+    cache = KVCache([model.num_kv_heads], [model.head_dim], NUM_PAGES, PAGE_SIZE, dtype, "cpu")
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(torch.nan)  # whatever an unwritten slot holds must not matter
+    return cache
+
+
+def run(
+    model: Model,
+    cache: KVCache,
+    sequences: dict[int, Projections],
+    tables: dict[int, Sequence[int]],
+    steps: Sequence[Sequence[Chunk]],
+    *,
+    is_exact: bool = False,
+) -> dict[int, Tensor]:
+    """Run the steps; return each sequence's outputs `[num_tokens, num_heads, head_dim]`, in order of computation."""
+    cache.apply(step([], [PageDelta(SequenceId(i), 0, tuple(pages)) for i, pages in tables.items()]))
+    outputs: dict[int, list[Tensor]] = {i: [] for i in sequences}
+    for chunks in steps:
+        cuts = [sequences[chunk.sequence_id].cut(chunk) for chunk in chunks]
+        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*cuts, strict=True))
+        layout = cache.layout(step(chunks))
+        out = attend(
+            query, key, value, cache, 0, layout,
+            scale=model.head_dim**-0.5, window=model.window, alibi_slopes=model.slopes, is_exact=is_exact,
+        )  # fmt: skip
+        for chunk, part in zip(chunks, out.split([chunk.length for chunk in chunks]), strict=True):
+            outputs[chunk.sequence_id].append(part)
+    return {i: torch.cat(parts) for i, parts in outputs.items() if parts}
+
+
+def reference(model: Model, sequence: Projections) -> Tensor:
+    """Attention written down as its definition, in float64."""
+    group = model.num_heads // model.num_kv_heads
+    query = sequence.query.double()
+    key, value = (t.double().repeat_interleave(group, dim=0) for t in (sequence.key, sequence.value))
+    scores = query @ key.mT * model.head_dim**-0.5
+    positions = torch.arange(query.shape[1])
+    if model.slopes is not None:
+        scores = scores + model.slopes.double()[:, None, None] * positions
+    visible = positions <= positions[:, None]
+    if model.window is not None:
+        visible &= positions > positions[:, None] - model.window
+    return (scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ value).transpose(0, 1).float()
+
+
+def cut_into(lengths: Sequence[int], sequence_id: int = 0) -> list[list[Chunk]]:
+    """One step per length."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [[Chunk(sequence_id, start, length)] for start, length in zip(starts, lengths, strict=True)]
+
+
+@st.composite
+def chunkings(draw: st.DrawFn, num_tokens: int) -> list[int]:
+    cuts = draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))
+    borders = [0, *sorted(cuts), num_tokens]
+    return [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+
+
+models = st.builds(
+    lambda kv, group, head_dim, window, is_alibi: Model(kv * group, kv, head_dim, window, is_alibi),
+    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2, 3, 5, 8]),
+    st.sampled_from([8, 16, 64]),
+    st.sampled_from([None, 1, 7, 64, 100]),
+    st.booleans(),
+)
+page_orders = st.permutations(range(NUM_PAGES))
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), models, st.integers(2, 300), page_orders, st.booleans())
+def test_any_chunking_and_placement_computes_the_definition(
+    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], is_exact: bool
+) -> None:
+    sequence = projections(model, num_tokens, seed=num_tokens)
+    steps = cut_into(data.draw(chunkings(num_tokens)))
+    out = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=is_exact)
+    torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), models, st.integers(2, 300), page_orders)
+def test_exact_attention_gives_the_same_bits_for_any_chunking_and_placement(
+    data: st.DataObject, model: Model, num_tokens: int, pages: list[int]
+) -> None:
+    sequence = projections(model, num_tokens, seed=num_tokens)
+    whole = run(model, new_cache(model), {0: sequence}, {0: range(NUM_PAGES)}, cut_into([num_tokens]), is_exact=True)
+    steps = cut_into(data.draw(chunkings(num_tokens)))
+    cut = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=True)
+    assert torch.equal(whole[0], cut[0])

@@ -1,0 +1,162 @@
+"""Keys and values of a stage's sequences, in pages.
+
+Covers storage, page tables, and where a step's tokens are written and found. Which pages a sequence gets is the
+coordinator's business (step headers say so); arithmetic is `worker.attention`'s.
+
+Each block stores `[num_kv_heads, num_pages * page_size, head_dim]`: heads come first, so that adjacent pages are a
+strided view that a matrix product takes without copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from cluster.errors import InvariantError, StalePlacementError
+from cluster.microbatch import PageDelta, StepHeader
+from cluster.request import SequenceId
+
+SlotRun = tuple[int, int]
+"""Adjacent token slots `[first, stop)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SliceLayout:
+    """Where one slice's rows stand and where its sequence's keys are.
+
+    Its tokens are rows `[start_row, stop_row)` of the step and stand at positions `start_position, …`;
+    `runs` hold positions `0 … context_length - 1`, in order.
+    """
+
+    start_row: int
+    stop_row: int
+    start_position: int
+    runs: tuple[SlotRun, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop_row - self.start_row
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the sequence after this step."""
+        return self.start_position + self.num_tokens
+
+    def runs_between(self, start: int, stop: int) -> Iterator[SlotRun]:
+        """Yield the runs that hold positions `[start, stop)`."""
+        position = 0
+        for first, end in self.runs:
+            low, high = max(start, position), min(stop, position + end - first)
+            if low < high:
+                yield first + low - position, first + high - position
+            position += end - first
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """A step's slices and the slots `[num_tokens]` (int64) that its tokens' keys and values go to."""
+
+    slots: Tensor
+    slices: tuple[SliceLayout, ...]
+
+
+class KVCache:
+    """One stage's keys and values. Memory is taken when slots are first written, where the system commits lazily."""
+
+    def __init__(
+        self,
+        num_kv_heads: Sequence[int],
+        head_dim: Sequence[int],
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.device = torch.device(device)
+        shapes = [(h, num_pages * page_size, d) for h, d in zip(num_kv_heads, head_dim, strict=True)]
+        self.keys = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+        self.values = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+        self._page_tables: dict[SequenceId, list[int]] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes when every slot has been written."""
+        return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._page_tables.clear()
+
+    def apply(self, header: StepHeader) -> None:
+        """Forget finished sequences, then append pages. Raises InvariantError for pages that cannot be."""
+        for sequence_id in header.finished_sequence_ids:
+            self._page_tables.pop(sequence_id, None)
+        for delta in header.page_deltas:
+            self._append_pages(delta)
+
+    def layout(self, header: StepHeader) -> AttentionLayout:
+        """Find the slots of a step's slices; every block shares the result.
+
+        Raises StalePlacementError for a sequence without pages, InvariantError for one with too few.
+        """
+        stops = tuple(accumulate(header.lengths))
+        slices = tuple(
+            SliceLayout(stop - length, stop, start, self._runs(sequence_id, start + length))
+            for sequence_id, start, length, stop in zip(
+                header.sequence_ids, header.start_positions, header.lengths, stops, strict=True
+            )
+        )
+        slots = [
+            slot
+            for slice_ in slices
+            for first, stop in slice_.runs_between(slice_.start_position, slice_.context_length)
+            for slot in range(first, stop)
+        ]
+        return AttentionLayout(torch.tensor(slots, dtype=torch.int64, device=self.device), slices)
+
+    def write(self, block: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store `[num_kv_heads, num_tokens, head_dim]` keys and values at `slots`, in the cache's dtype."""
+        self.keys[block].index_copy_(1, slots, key.to(self.keys[block].dtype))
+        self.values[block].index_copy_(1, slots, value.to(self.values[block].dtype))
+
+    def _append_pages(self, delta: PageDelta) -> None:
+        table = self._page_tables.setdefault(delta.sequence_id, [])
+        if delta.first_page != len(table):
+            raise InvariantError(
+                f"sequence {delta.sequence_id} holds {len(table)} pages here, but the step appends from page "
+                f"{delta.first_page}: coordinator and stage disagree; please report"
+            )
+        for page in delta.page_ids:
+            if not 0 <= page < self.num_pages:
+                raise InvariantError(
+                    f"sequence {delta.sequence_id} was given page {page}, but this stage has {self.num_pages} pages: "
+                    "coordinator and stage disagree; please report"
+                )
+        table.extend(delta.page_ids)
+
+    def _runs(self, sequence_id: SequenceId, num_tokens: int) -> tuple[SlotRun, ...]:
+        """Merge the pages that hold a sequence's first `num_tokens` tokens."""
+        table = self._page_tables.get(sequence_id)
+        if table is None:
+            raise StalePlacementError(
+                f"this stage has no pages of sequence {sequence_id}: it must be replayed", reason="UNKNOWN_SEQUENCE"
+            )
+        if num_tokens > len(table) * self.page_size:
+            raise InvariantError(
+                f"sequence {sequence_id} needs {num_tokens} token slots but holds {len(table)} pages of "
+                f"{self.page_size}: coordinator and stage disagree; please report"
+            )
+        runs: list[SlotRun] = []
+        for index in range(-(-num_tokens // self.page_size)):
+            first = table[index] * self.page_size
+            stop = first + min(self.page_size, num_tokens - index * self.page_size)
+            if runs and runs[-1][1] == first:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((first, stop))
+        return tuple(runs)

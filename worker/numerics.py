@@ -1,0 +1,34 @@
+"""What arithmetic this machine does well, and the names by which numerics fingerprints tell machines apart."""
+
+from __future__ import annotations
+
+import torch
+
+from cluster.model_spec import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of dtypes, as settings and `Precision` spell them."""
+
+
+def has_native_bf16() -> bool:
+    """Tell whether this CPU multiplies bf16 in hardware (avx512_bf16 or AMX) rather than by emulation."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_compute_dtype(precision: Precision, device: torch.device, *, is_bf16_native: bool) -> torch.dtype:
+    """Return the dtype to compute in with weights stored in `precision`.
+
+    CUDA computes in the stored dtype. A CPU computes in fp32, except with bf16 weights where bf16 is native.
+    """
+    stored = DTYPES[precision.value]
+    if device.type == "cuda" or (stored is torch.bfloat16 and is_bf16_native):
+        return stored
+    return torch.float32
+
+
+def isa(device: torch.device) -> str:
+    """Name what decides the bits of a matrix product on `device`: the instruction set, or the GPU's architecture."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm_{major}{minor}"
+    return torch.backends.cpu.get_cpu_capability().lower()
