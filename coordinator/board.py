@@ -16,6 +16,7 @@ from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.span import Span
 from cluster.version import PROTOCOL_VERSION, VERSION
 from coordinator.meters import RateMeter
+from coordinator.pipeline_meter import PipelineMeter, StageTotals
 
 BUSY_WINDOW_SECONDS = 60
 THROUGHPUT_WINDOW_SECONDS = 10
@@ -71,6 +72,7 @@ class StatusBoard:
         self._has_chat_template = has_chat_template
         self._clock = clock
         self._started = clock.now()
+        self._meter = PipelineMeter([])
         self._prompt_tokens = RateMeter(THROUGHPUT_WINDOW_SECONDS)
         self._output_tokens = RateMeter(THROUGHPUT_WINDOW_SECONDS)
 
@@ -86,6 +88,11 @@ class StatusBoard:
         """Show a placement whose stages are about to load."""
         self.placement = placement
         self.stages = [_placed(plan, is_exact) for plan in placement.stages]
+        self.start_epoch()
+
+    def start_epoch(self) -> None:
+        """Count the stages' time afresh: an epoch has opened."""
+        self._meter = PipelineMeter([record.worker.node_name for record in self.stages])
 
     def lose(self, stage: int | None, message: str) -> None:
         """Show that the cluster can no longer generate, because of `stage` when that is known."""
@@ -101,8 +108,11 @@ class StatusBoard:
         self._prompt_tokens.add(prompt, now)
         self._output_tokens.add(output, now)
 
-    def count_timings(self, timings: tuple[StageTiming, ...]) -> None:
-        """Count the stages' busy time of a completed step."""
+    def count_timings(self, timings: tuple[StageTiming, ...], *, is_idle: bool) -> None:
+        """Count the stages' time of a completed step; `is_idle` tells that no other is in flight."""
+        self._meter.count(timings)
+        if is_idle:
+            self._meter.rest()
         now = self._clock.now()
         for timing in timings:
             self.stages[timing.stage].busy.add((timing.finished_ns - timing.started_ns) / 1e9, now)
@@ -133,7 +143,7 @@ class StatusBoard:
             state=self.state,
             message=self.message,
             model=self.model(),
-            stages=[_describe_stage(record, now) for record in self.stages],
+            stages=self._describe_stages(now),
             page_size=self.placement.page_size if self.placement else 0,
             num_pages=self.placement.num_pages if self.placement else 0,
             uptime_seconds=now - self._started,
@@ -142,6 +152,10 @@ class StatusBoard:
             num_requests_finished=self.num_requests_finished,
             num_requests_failed=self.num_requests_failed,
         )
+
+    def _describe_stages(self, now: float) -> list[service.StageStatus]:
+        totals = self._meter.stages or [StageTotals() for _ in self.stages]
+        return [_describe_stage(record, entry, now) for record, entry in zip(self.stages, totals, strict=True)]
 
 
 def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
@@ -156,7 +170,7 @@ def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
     )
 
 
-def _describe_stage(record: StageRecord, now: float) -> service.StageStatus:
+def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> service.StageStatus:
     worker = record.worker
     return service.StageStatus(
         stage=record.stage,
@@ -175,4 +189,9 @@ def _describe_stage(record: StageRecord, now: float) -> service.StageStatus:
         progress_total_bytes=record.progress_total_bytes,
         busy_share=min(1.0, record.busy.per_second(now)),
         message=record.message,
+        num_steps=totals.num_steps,
+        busy_seconds=totals.busy_ns / 1e9,
+        bubble_seconds=totals.bubble_ns / 1e9,
+        received_bytes=totals.received_bytes,
+        hop_seconds=totals.hop_seconds,
     )

@@ -1,0 +1,363 @@
+"""The composition root: from settings to a serving cluster, supervised until it ends.
+
+Covers Ray (join or start, reserve, place actors, notice deaths), keys, and shutdown. The coordinator's bring-up and
+everything per request are in `coordinator`; what the terminal shows is in `cluster.cli`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from cluster.config import ServeConfig, parse_port_range
+from cluster.errors import ConfigurationError, SpanwiseError, StageUnavailableError
+from cluster.hub.resolve import find_token, resolve
+from cluster.model_spec import ModelSpec
+from cluster.placement import WorkerId
+from cluster.rpc.v1 import generation_service_pb2 as service
+from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
+from cluster.wire.tls import CertificateAuthority
+from coordinator.actor import CoordinatorActor, CoordinatorOrder
+from worker.actor import NodeFacts, WorkerActor, WorkerOrder
+
+StatusListener = Callable[[service.DescribeClusterResponse], None]
+
+NAMESPACE = "spanwise"
+OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's minimum is 75 MiB; no tensor passes through it
+POLL_SECONDS = 0.5
+RESERVE_SECONDS = 60.0
+ACTOR_START_SECONDS = 180.0
+FAREWELL_SECONDS = 2.0
+SHUTDOWN_SECONDS = 4.0
+
+_WORKER_ENVIRONMENT = {
+    # glibc: keep the buffers of hidden states instead of returning them to the kernel after every message
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
+    "MALLOC_TRIM_THRESHOLD_": str(256 * 1024**2),
+    "MALLOC_TOP_PAD_": str(64 * 1024**2),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A worker actor and where Ray put it."""
+
+    worker_id: WorkerId
+    actor: Any
+    node: NodeFacts
+
+
+def run(config: ServeConfig, *, on_status: StatusListener, on_note: Callable[[str], None], stop: threading.Event) -> int:
+    """Serve until `stop` is set (SIGINT and SIGTERM set it too) or a stage is lost; return the exit status.
+
+    `on_status` gets the cluster's description about twice a second while it changes; `on_note` one-line remarks.
+    Raises SpanwiseError for whatever is wrong before anything is served.
+    """
+    config.validate()
+    check_port(config.host, config.port)
+    spec = resolve(config.model, revision=config.revision, token=find_token())
+    with _signals_set(stop), ExitStack() as stack:
+        stack.enter_context(_ray_session(config, on_note))
+        if stop.is_set():
+            return 130
+        deployment = stack.enter_context(_deployment(config, spec))
+        return _supervise(deployment, on_status, stop)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigurationError when the client-facing port cannot be bound, before minutes are spent on loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it (`cluster stop` if it is an earlier "
+                "serve), or choose another port with --port"
+            ) from error
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterator[None]:
+    """Join the Ray cluster at --address, RAY_ADDRESS or on this machine; start a local one when there is none."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_this_machine()
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
+    if address and address != "local":
+        _check_ray_answers(address)
+        options["address"] = address
+        on_note(f"joining the Ray cluster at {address}")
+    else:
+        cores = os.cpu_count() or 1
+        options |= {"address": "local", "num_cpus": max(cores, config.workers), "include_dashboard": False}
+        options["object_store_memory"] = OBJECT_STORE_BYTES
+        on_note("starting a local Ray cluster on this machine")
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ConfigurationError(f"Ray did not start or let us join: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _cluster_of_this_machine() -> str:
+    """Return the address that `ray start` or `ray up` left on this machine, if something still listens there."""
+    record = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    try:
+        address = record.read_text().strip()
+    except OSError:
+        return ""
+    return address if _answers(address) else ""
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=3.0):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _check_ray_answers(address: str) -> None:
+    if address.startswith("ray://"):
+        raise ConfigurationError(
+            f"{address} is a Ray Client address; run `cluster serve` on a node of the cluster (for example through "
+            "`ray attach`) with --address auto"
+        )
+    if address != "auto" and not _answers(address):
+        raise ConfigurationError(
+            f"no Ray cluster answers at {address}; start one there with `ray start --head` or `ray up`, correct --address "
+            "or RAY_ADDRESS, or leave both out to start a local one"
+        )
+
+
+@contextmanager
+def _reserved(config: ServeConfig) -> Iterator[PlacementGroup]:
+    """Reserve a slot per worker, on as many nodes as there are; ConfigurationError tells what is short."""
+    bundle = {"CPU": 1.0} | ({"GPU": config.gpus} if config.gpus else {})
+    total = ray.cluster_resources()
+    for resource, amount in bundle.items():
+        if total.get(resource, 0.0) < amount * config.workers:
+            raise ConfigurationError(
+                f"{config.workers} workers need {amount * config.workers:g} {resource} and the Ray cluster has "
+                f"{total.get(resource, 0.0):g}: add nodes, or ask for fewer workers with --workers"
+            )
+    group = placement_group([bundle] * config.workers, strategy="SPREAD")
+    try:
+        if not group.wait(RESERVE_SECONDS):
+            free = {k: v for k, v in ray.available_resources().items() if k in bundle}
+            raise ConfigurationError(
+                f"the Ray cluster has room for {config.workers} workers of {bundle}, but others hold it (free now: {free}); "
+                "wait, stop them, or ask for fewer workers"
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+def _start_workers(config: ServeConfig, group: PlacementGroup) -> list[_Member]:
+    remote = ray.remote(WorkerActor)
+    actors = [
+        remote.options(
+            num_cpus=1,
+            num_gpus=config.gpus,
+            max_restarts=0,
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+        ).remote()
+        for index in range(config.workers)
+    ]
+    nodes: list[NodeFacts] = _get([actor.locate.remote(config.interface) for actor in actors], ACTOR_START_SECONDS)
+    members = zip(actors, nodes, strict=True)
+    return [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
+
+
+def _get(reference: Any, timeout_seconds: float) -> Any:
+    """ray.get with a deadline; domain errors come out as they were raised, Ray's as StageUnavailableError."""
+    try:
+        return ray.get(reference, timeout=timeout_seconds)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SpanwiseError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.GetTimeoutError as error:
+        raise StageUnavailableError(
+            f"a Ray actor did not answer within {timeout_seconds:g} s; `cluster doctor` shows the nodes"
+        ) from error
+    except ray.exceptions.RayActorError as error:
+        raise StageUnavailableError(f"a Ray actor died while starting: {error}") from error
+
+
+# --- Deployment ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Deployment:
+    coordinator: Any
+    members: Sequence[_Member]
+    server_address: str  # of the Generation service
+
+
+@contextmanager
+def _deployment(config: ServeConfig, spec: ModelSpec) -> Iterator[_Deployment]:
+    """Start workers and coordinator; stop them again, whatever happened in between."""
+    with _reserved(config) as group:
+        members = _start_workers(config, group)
+        coordinator = _start_coordinator()
+        try:
+            yield _connect(config, spec, members, coordinator)
+        finally:
+            _shut_down([coordinator, *(member.actor for member in members)])
+
+
+def _start_coordinator() -> Any:
+    """The coordinator runs on this node: clients and the checkpoint folder are here."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote = ray.remote(CoordinatorActor)
+    environment = {"env_vars": _WORKER_ENVIRONMENT}
+    return remote.options(num_cpus=0, max_restarts=0, runtime_env=environment, scheduling_strategy=here).remote()
+
+
+def _connect(config: ServeConfig, spec: ModelSpec, members: list[_Member], coordinator: Any) -> _Deployment:
+    here: NodeFacts = _get(coordinator.locate.remote(), ACTOR_START_SECONDS)
+    is_local = all(member.node.node_id == here.node_id for member in members) and not config.interface
+    has_tls = config.internal_tls == "on" or (config.internal_tls == "auto" and not is_local)
+    authority = CertificateAuthority.create() if has_tls else None
+    starts = [_start_order(config, member, members, is_local, authority) for member in members]
+    addresses = _get([m.actor.start.remote(o) for m, o in zip(members, starts, strict=True)], ACTOR_START_SECONDS)
+    order = CoordinatorOrder(
+        config=config,
+        spec=spec,
+        worker_addresses=tuple(addresses),
+        listen_address="127.0.0.1" if is_local else here.address,
+        generation=time.time_ns() // 1_000_000,
+        token=find_token() or "",
+    )
+    if authority is not None:
+        request = _get(coordinator.request_signature.remote(here.address), ACTOR_START_SECONDS)
+        order = order.signed(authority.sign(request), authority.certificate)
+    server_address = _get(coordinator.start.remote(order), ACTOR_START_SECONDS)
+    return _Deployment(coordinator, members, server_address)
+
+
+def _start_order(
+    config: ServeConfig,
+    member: _Member,
+    members: Sequence[_Member],
+    is_local: bool,
+    authority: CertificateAuthority | None,
+) -> WorkerOrder:
+    address = "127.0.0.1" if is_local else member.node.address
+    certificate = b""
+    if authority is not None:
+        request = _get(member.actor.request_signature.remote(address, member.node.node_name), ACTOR_START_SECONDS)
+        certificate = authority.sign(request)
+    return WorkerOrder(
+        worker_id=member.worker_id,
+        listen_address=address,
+        ports=parse_port_range(config.stage_ports),
+        num_neighbours=sum(other.node.node_id == member.node.node_id for other in members),
+        num_threads=config.threads,
+        num_gpus=config.gpus,
+        memory_bytes=config.memory,
+        log_dir=config.log_dir,
+        is_log_json=config.log_json,
+        certificate=certificate,
+        authority=authority.certificate if authority else b"",
+    )
+
+
+def _shut_down(actors: Sequence[Any]) -> None:
+    """Ask every actor to stop, then end what still runs. Never raises: it runs while other errors are on their way."""
+    with suppress(ray.exceptions.RayError):
+        ray.wait([actor.shutdown.remote() for actor in actors], num_returns=len(actors), timeout=SHUTDOWN_SECONDS)
+    for actor in actors:
+        with suppress(ray.exceptions.RayError):
+            ray.kill(actor)
+
+
+# --- Supervision -----------------------------------------------------------------------------------------------------
+
+
+def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threading.Event) -> int:
+    """Watch until told to stop or until the cluster can no longer serve."""
+    watched = {deployment.coordinator.wait_stopped.remote(): "the coordinator"}
+    for member in deployment.members:
+        watched[member.actor.wait_stopped.remote()] = f"worker {member.worker_id} on {member.node.node_name}"
+    with grpc.insecure_channel(_dialable(deployment.server_address)) as channel:
+        stub = service_grpc.GenerationServiceStub(channel)
+        while not stop.is_set():
+            status = _describe(stub)
+            if status is not None:
+                on_status(status)
+                if status.state == service.CLUSTER_STATE_FAILED:
+                    stop.wait(FAREWELL_SECONDS)  # let clients and `cluster status` see why
+                    return 1
+            ended, _ = ray.wait(list(watched), num_returns=1, timeout=POLL_SECONDS)
+            if ended:
+                _mourn(deployment, stub, watched[ended[0]], on_status)
+                stop.wait(FAREWELL_SECONDS)
+                return 1
+    return 0
+
+
+def _describe(stub: Any) -> service.DescribeClusterResponse | None:
+    try:
+        return stub.DescribeCluster(service.DescribeClusterRequest(), timeout=5.0)
+    except grpc.RpcError:
+        return None  # Ray's notice about the coordinator decides
+
+
+def _mourn(deployment: _Deployment, stub: Any, who: str, on_status: StatusListener) -> None:
+    """Tell the coordinator that a worker died, in case its own channels have not noticed, and show the state."""
+    message = f"{who} died (Ray's notice)"
+    with suppress(ray.exceptions.RayError):
+        ray.get(deployment.coordinator.report_loss.remote(message), timeout=POLL_SECONDS)
+    status = _describe(stub) or service.DescribeClusterResponse(state=service.CLUSTER_STATE_FAILED, message=message)
+    on_status(status)
+
+
+def _dialable(address: str) -> str:
+    """Return an address that reaches a server listening on `address` from this machine."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]", "::") else address
+
+
+@contextmanager
+def _signals_set(stop: threading.Event) -> Iterator[None]:
+    """Let SIGINT and SIGTERM set `stop`, wherever the main thread is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+__all__ = ["StatusListener", "check_port", "run"]

@@ -1,0 +1,100 @@
+"""The client-facing gRPC service: protobuf in, protobuf out. Decides nothing; the engine and the tokenizer do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from cluster.errors import SpanwiseError
+from cluster.request import RequestId
+from cluster.rpc.v1 import generation_pb2 as generation
+from cluster.rpc.v1 import generation_service_pb2 as service
+from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
+from cluster.wire.status import abort_with
+from coordinator.engine import Engine
+from coordinator.intake import Intake
+from coordinator.streams import RequestStream
+
+HEARTBEAT_SECONDS = 10.0
+"""Longest silence on a stream: below the 15 s that the schema promises and the minute at which proxies cut."""
+
+
+class GenerationServicer(service_grpc.GenerationServiceServicer):
+    """Implements GenerationService over an engine."""
+
+    def __init__(self, engine: Engine, intake: Intake) -> None:
+        self._engine = engine
+        self._intake = intake
+
+    async def Generate(  # noqa: N802
+        self, request: service.GenerateRequest, context: Any
+    ) -> AsyncIterator[service.GenerateResponse]:
+        """Admit, then relay the request's events; a client that goes away aborts it."""
+        stream: RequestStream | None = None
+        try:
+            self._engine.check_accepting()
+            tokenized = await asyncio.to_thread(self._intake.read, request)
+            stream = self._engine.submit(tokenized)
+            async for response in _with_heartbeat(self._engine, stream):
+                yield response
+        except SpanwiseError as error:
+            await abort_with(context, error)
+        finally:
+            if stream is not None:
+                self._engine.abandon(stream)
+
+    async def Abort(self, request: service.AbortRequest, context: Any) -> service.AbortResponse:  # noqa: N802
+        try:
+            self._engine.abort(RequestId(request.request_id))
+        except SpanwiseError as error:
+            await abort_with(context, error)
+        return service.AbortResponse()
+
+    async def Tokenize(self, request: service.TokenizeRequest, context: Any) -> service.TokenizeResponse:  # noqa: N802
+        try:
+            token_ids, text = await asyncio.to_thread(self._intake.tokenize, request)
+        except SpanwiseError as error:
+            await abort_with(context, error)
+        return service.TokenizeResponse(token_ids=token_ids, text=text)
+
+    async def Detokenize(  # noqa: N802
+        self, request: service.DetokenizeRequest, context: Any
+    ) -> service.DetokenizeResponse:
+        try:
+            text = await asyncio.to_thread(self._intake.detokenize, request)
+        except SpanwiseError as error:
+            await abort_with(context, error)
+        return service.DetokenizeResponse(text=text)
+
+    async def ListModels(  # noqa: N802
+        self,
+        request: service.ListModelsRequest,  # noqa: ARG002
+        context: Any,  # noqa: ARG002
+    ) -> service.ListModelsResponse:
+        return service.ListModelsResponse(models=[self._engine.board.model()])
+
+    async def DescribeCluster(  # noqa: N802
+        self,
+        request: service.DescribeClusterRequest,  # noqa: ARG002
+        context: Any,  # noqa: ARG002
+    ) -> service.DescribeClusterResponse:
+        return self._engine.describe()
+
+
+async def _with_heartbeat(engine: Engine, stream: RequestStream) -> AsyncIterator[service.GenerateResponse]:
+    """Yield the stream's events, and progress whenever it would be silent for too long. Ends after Finished."""
+    while True:
+        try:
+            async with asyncio.timeout(HEARTBEAT_SECONDS):
+                response = await stream.next()
+        except TimeoutError:
+            yield service.GenerateResponse(progress=_progress(engine, stream))
+            continue
+        yield response
+        if response.HasField("finished"):
+            return
+
+
+def _progress(engine: Engine, stream: RequestStream) -> generation.Progress:
+    return engine.progress_of(stream)
