@@ -1,6 +1,6 @@
 """Print pip's own settings as shell exports that uv understands, so that both install from the same places.
 
-Covers where packages come from and how to reach it. A setting that uv's own environment variable already gives is left alone.
+Covers where packages come from and how to reach it. A setting that uv finds in its own environment variable stays.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Tools of the repository that tests import; not part of the distribution."""
