@@ -1,0 +1,128 @@
+"""What a model family must say about itself to be served, and the answers that most families share.
+
+Covers names in checkpoints, embedding, blocks, final norm and head; the arithmetic is `worker.stage`'s. A new family
+is one file that subclasses Architecture, its entry in `cluster.model_spec.SUPPORTED_ARCHITECTURES`, and a parity test.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ConfigurationError
+from cluster.span import Span
+from worker.blocks import StepContext, build_on_meta
+
+POSITIONAL_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone."""
+
+HEAD_KEY = "lm_head."
+Rotary = tuple[Tensor, Tensor]
+
+
+class PlainEmbedding(nn.Module):
+    """Token rows as they are."""
+
+    def forward(self, rows: Tensor, positions: Tensor) -> Tensor:  # noqa: ARG002 - one signature for all families
+        """Map embedding rows `[num_tokens, hidden_size]` to hidden states of the same shape."""
+        return rows
+
+
+class Architecture:
+    """One model family, for one config. Keys are those of the checkpoint, relative to the base model."""
+
+    block_class: ClassVar[Any]  # transformers' block, called with (config, block number)
+    norm_class: ClassVar[Any] = nn.LayerNorm  # of the final norm
+    norm_epsilon: ClassVar[str] = "rms_norm_eps"  # the config's name for it
+    rotary_class: ClassVar[Any] = None
+    activation: ClassVar[str] = "mlp.act_fn"  # the block's elementwise function
+
+    prefix: ClassVar[str] = "model."  # the base model's name in the checkpoint, which may be absent there
+    blocks_key: ClassVar[str] = "layers."
+    embedding_key: ClassVar[str] = "embed_tokens.weight"
+    norm_key: ClassVar[str] = "norm."
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.num_blocks: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
+        self._check_rotary()
+
+    def adapt_block(self, block: Any) -> None:
+        """Replace what must be replaced in a block as transformers builds it, linear layers aside."""
+
+    def make_embedding(self) -> nn.Module:
+        """Make what follows the embedding rows: `(rows, positions) -> hidden states`."""
+        return PlainEmbedding()
+
+    def run_block(self, block: nn.Module, hidden: Tensor, step: StepContext) -> Tensor:
+        """Compute `[1, num_tokens, hidden_size]` from the same shape."""
+        out: Tensor = block(hidden, attention_mask=None, position_embeddings=step.position_embeddings, step=step)
+        return out
+
+    def checkpoint_keys(self, key: str) -> tuple[str, ...]:
+        """Return the names that a checkpoint may use for `key`, the likeliest first."""
+        if key == HEAD_KEY + "weight":
+            if not self.config.tie_word_embeddings:
+                return (key,)
+            key = self.embedding_key
+        return self.prefix + key, key
+
+    def rotary_table(self, num_positions: int, dtype: torch.dtype, device: torch.device | str) -> Rotary | None:
+        """Return cos and sin, each `[num_positions, rotary_dim]`, by transformers' own formula."""
+        if self.rotary_class is None:
+            return None
+        positions = torch.arange(num_positions)[None]
+        cos, sin = self.rotary_class(self.config)(torch.empty(0, dtype=dtype), positions)
+        return cos[0].to(device), sin[0].to(device)
+
+    def parts(self, span: Span, *, is_first: bool, is_last: bool) -> dict[str, nn.Module]:
+        """Build a span's modules on the meta device, by the keys that its parameters begin with.
+
+        The embedding table is not among them: stage 0 reads its rows from the checkpoint.
+        """
+        parts = {self.block_key(block): self.build_block(block) for block in span.blocks()}
+        if is_first:
+            parts[""] = self.build_embedding()
+        if is_last:
+            parts[self.norm_key] = self.build_norm()
+            parts[HEAD_KEY] = build_on_meta(lambda: nn.Linear(self.hidden_size, self.vocab_size, bias=False))
+        return parts
+
+    def block_key(self, block: int) -> str:
+        """Return what the keys of a block's parameters begin with."""
+        return f"{self.blocks_key}{block}."
+
+    def build_block(self, block: int) -> nn.Module:
+        """Build one block on the meta device."""
+
+        def build() -> nn.Module:
+            built: nn.Module = self.block_class(self.config, block)
+            self.adapt_block(built)
+            return built
+
+        return build_on_meta(build)
+
+    def build_embedding(self) -> nn.Module:
+        """Build what follows the embedding rows on the meta device."""
+        return build_on_meta(self.make_embedding)
+
+    def build_norm(self) -> nn.Module:
+        """Build the final norm on the meta device."""
+        epsilon = getattr(self.config, self.norm_epsilon)
+        return build_on_meta(lambda: self.norm_class(self.hidden_size, eps=epsilon))
+
+    def _check_rotary(self) -> None:
+        kind = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")
+        if kind not in POSITIONAL_ROTARY:
+            raise ConfigurationError(
+                f"the model's rotary embedding is of type {kind!r}, whose angles depend on the longest sequence being "
+                f"computed, so that one user's text would change another's; Spanwise serves "
+                f"{', '.join(POSITIONAL_ROTARY)}: choose a variant of the model with a fixed context (often named 4k)"
+            )

@@ -1,0 +1,146 @@
+"""Transformer blocks over our own parts: attention over the paged cache, linears over stored weights.
+
+Covers what every architecture shares: how a block from transformers reaches the cache, and how its parameters, built
+on torch's meta device, are replaced by loaded ones. Which blocks a model has is `worker.architectures`' business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.pytorch_utils import Conv1D
+
+from worker.attention import attend
+from worker.kv_cache import AttentionLayout, KVCache
+
+ATTENTION_NAME = "spanwise_paged"
+"""What a config's attention implementation is set to, so that transformers' blocks call `paged_attention`."""
+
+_EXACT_ALIGNMENT = 64  # elements: no vector loop of torch's leaves a scalar remainder
+_EXACT_PIECE = 16384  # elements: below what torch splits among threads
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the blocks of a span share during one step."""
+
+    cache: KVCache
+    layout: AttentionLayout
+    first_block: int  # of the span: the cache counts from it
+    position_embeddings: tuple[Tensor, Tensor] | None  # rotary cos and sin, each [1, num_tokens, rotary_dim]
+    is_exact: bool
+
+    def attend(
+        self,
+        block: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        alibi_slopes: Tensor | None = None,
+    ) -> Tensor:
+        """Attend with `[1, heads, num_tokens, head_dim]`; return `[1, num_tokens, num_heads, head_dim]`."""
+        out = attend(
+            query[0],
+            key[0],
+            value[0],
+            self.cache,
+            block - self.first_block,
+            self.layout,
+            scale=scale,
+            window=window,
+            alibi_slopes=alibi_slopes,
+            is_exact=self.is_exact,
+        )
+        return out.unsqueeze(0)
+
+
+def paged_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,  # noqa: ARG001 - the layout says what a token may see
+    *,
+    scaling: float,
+    step: StepContext,
+    sliding_window: int | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The attention that transformers' blocks call, by the signature of its AttentionInterface."""
+    return step.attend(module.layer_idx, query, key, value, scale=scaling, window=sliding_window), None
+
+
+def register_attention() -> None:
+    """Make `paged_attention` known to transformers; doing it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+class ExactActivation(nn.Module):
+    """An elementwise function whose bits do not depend on where in a tensor an element stands.
+
+    torch computes the end of a tensor, or of a thread's share, with scalar code whose exponential differs in the last
+    bit from the vectorized one; aligned pieces below the threading limit never reach it.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map any shape to the same shape."""
+        flat = functional.pad(x.reshape(-1), (0, -x.numel() % _EXACT_ALIGNMENT))
+        pieces = [self.inner(piece) for piece in torch.split(flat, _EXACT_PIECE)]
+        return torch.cat(pieces)[: x.numel()].view(x.shape)
+
+
+class WeightSource(Protocol):
+    """Where `materialize` gets a module's weights, by their keys."""
+
+    def linear(self, key: str, shape: tuple[int, int], *, has_bias: bool, is_transposed: bool) -> nn.Module:
+        """Return a linear layer of `shape` [out, in] from `key + "weight"` (stored [in, out] if transposed)."""
+        ...
+
+    def tensor(self, key: str, shape: torch.Size) -> Tensor:
+        """Return a small tensor (a norm's, a position table) in the compute dtype, on the device."""
+        ...
+
+    def buffer(self, value: Tensor) -> Tensor:
+        """Return a computed buffer, on the device."""
+        ...
+
+
+def materialize(module: nn.Module, key: str, source: WeightSource) -> nn.Module:
+    """Replace the meta parameters of `module`, whose keys begin with `key`, and every linear layer in it."""
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+        return source.linear(key, shape, has_bias=module.bias is not None, is_transposed=False)
+    if isinstance(module, Conv1D):
+        return source.linear(key, (module.nf, module.nx), has_bias=True, is_transposed=True)
+    for name, child in module.named_children():
+        setattr(module, name, materialize(child, f"{key}{name}.", source))
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        loaded = source.tensor(key + name, parameter.shape)
+        setattr(module, name, nn.Parameter(loaded, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        setattr(module, name, source.buffer(buffer))
+    return module
+
+
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build a module without memory, for inference."""
+    with torch.device("meta"):
+        return build().eval()
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return how many numbers the checkpoint holds for `module`."""
+    return sum(parameter.numel() for parameter in module.parameters())

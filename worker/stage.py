@@ -1,0 +1,152 @@
+"""A loaded span: the Executor that computes with torch.
+
+Covers one step from what the stage before sent to what the next one gets, or to sampled tokens. What a block computes
+is `worker.blocks`' and `worker.architectures`' business; moving the payload is the relay's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from cluster.errors import ConfigurationError
+from cluster.microbatch import StepHeader, StepResult
+from cluster.span import Span
+from worker.architectures import Architecture
+from worker.blocks import StepContext
+from worker.executor import StageOutput
+from worker.kv_cache import KVCache
+from worker.sampling import Sampler
+
+HIDDEN_STATES = "hidden_states"
+"""Name of the tensor that travels between stages, `[num_tokens, hidden_size]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageNumerics:
+    """In what a stage stores, computes and sends."""
+
+    stored: torch.dtype  # weights have its values everywhere, also where they are held in `compute`
+    compute: torch.dtype
+    wire: torch.dtype
+    device: torch.device
+    is_exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """How stage 0 turns token ids into hidden states."""
+
+    table: Tensor  # [vocab_size, hidden_size] on the CPU, memory-mapped: only rows that are looked up are read
+    module: nn.Module
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the last stage turns hidden states into tokens."""
+
+    norm: nn.Module
+    head: nn.Module
+    sampler: Sampler
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """Map hidden states `[num_rows, hidden_size]` to logits `[num_rows, vocab_size]`."""
+        logits: Tensor = self.head(self.norm(rows))
+        return logits
+
+
+class Stage:
+    """The Executor of one span. Not thread-safe: one compute thread calls it."""
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        span: Span,
+        architecture: Architecture,
+        blocks: Sequence[nn.Module],
+        rotary: tuple[Tensor, Tensor] | None,
+        cache: KVCache,
+        numerics: StageNumerics,
+        entrance: Entrance | None,
+        exit_: Exit | None,
+    ) -> None:
+        """`entrance` is given to the first stage and `exit_` to the last; a model of one stage has both."""
+        self._stage, self._span, self._architecture = stage, span, architecture
+        self._blocks, self._rotary, self._cache, self._numerics = tuple(blocks), rotary, cache, numerics
+        self._entrance, self._exit = entrance, exit_
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @torch.inference_mode()
+    def execute(
+        self, header: StepHeader, tensors: Mapping[str, Tensor], on_block: Callable[[int], None]
+    ) -> StageOutput:
+        """See Executor. Rows of all slices are packed: hidden states are `[1, num_tokens, hidden_size]`, unpadded."""
+        self._cache.apply(header)
+        if self._exit:
+            self._exit.sampler.apply(header)
+        positions = _positions(header, self._numerics.device)
+        hidden = self._enter(header, tensors, positions)
+        step = self._step_context(header, positions)
+        for blocks_done, block in enumerate(self._blocks, start=1):
+            hidden = self._architecture.run_block(block, hidden, step)
+            on_block(blocks_done)
+        return self._leave(header, hidden[0])
+
+    def open_epoch(self) -> None:
+        self._cache.clear()
+        if self._exit:
+            self._exit.sampler.clear()
+
+    def _enter(self, header: StepHeader, tensors: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        numerics = self._numerics
+        if self._entrance is None:
+            return tensors[HIDDEN_STATES].to(numerics.device, numerics.compute).unsqueeze(0)
+        rows = self._entrance.table[torch.tensor(header.token_ids)]
+        rows = rows.to(numerics.stored).to(numerics.device, numerics.compute)
+        hidden: Tensor = self._entrance.module(rows, positions)
+        return hidden.unsqueeze(0)
+
+    def _step_context(self, header: StepHeader, positions: Tensor) -> StepContext:
+        rotary = None
+        if self._rotary is not None:
+            cos, sin = self._rotary
+            rotary = (cos[positions].unsqueeze(0), sin[positions].unsqueeze(0))
+        layout = self._cache.layout(header)
+        return StepContext(self._cache, layout, self._span.start, rotary, self._numerics.is_exact)
+
+    def _leave(self, header: StepHeader, hidden: Tensor) -> StageOutput:
+        if self._exit:
+            rows = hidden[torch.tensor(_asked_rows(header), dtype=torch.int64, device=hidden.device)]
+            return StageOutput(result=self._exit.sampler.sample(header, self._exit.logits, rows))
+        if header.last_stage == self._stage:  # a replay that needs no later stage
+            return StageOutput(result=StepResult(header.epoch, header.step_id, (), (), ()))
+        return StageOutput({HIDDEN_STATES: self._to_wire(hidden)})
+
+    def _to_wire(self, hidden: Tensor) -> Tensor:
+        sent = hidden.to("cpu", self._numerics.wire)
+        if sent.dtype is torch.float16 and not bool(sent.isfinite().all()):
+            raise ConfigurationError(
+                f"the hidden states that stage {self._stage} (blocks {self._span}) sends do not fit fp16: "
+                "serve with --wire-dtype bf16 or fp32"
+            )
+        return sent
+
+
+def _positions(header: StepHeader, device: torch.device) -> Tensor:
+    """Return the position of each token of a step `[num_tokens]`."""
+    slices = zip(header.start_positions, header.lengths, strict=True)
+    return torch.tensor([p for start, length in slices for p in range(start, start + length)], device=device)
+
+
+def _asked_rows(header: StepHeader) -> list[int]:
+    """Return the rows whose logits the step asks for: the last `logits_rows[i]` of each slice, in order."""
+    stops = accumulate(header.lengths)
+    return [row for stop, asked in zip(stops, header.logits_rows, strict=True) for row in range(stop - asked, stop)]
