@@ -13,6 +13,15 @@ WorkerId = NewType("WorkerId", str)
 
 
 @dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """Where Ray put a process."""
+
+    node_id: str
+    node_name: str
+    address: str  # that the other nodes reach it by
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What a worker says about itself in its hello."""
 

@@ -27,12 +27,13 @@ from cluster.config import ServeConfig, parse_port_range
 from cluster.errors import ConfigurationError, SpanwiseError, StageUnavailableError
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import ModelSpec
-from cluster.placement import WorkerId
+from cluster.placement import NodeFacts, WorkerId
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.wire.tls import CertificateAuthority
-from coordinator.actor import CoordinatorActor, CoordinatorOrder
-from worker.actor import NodeFacts, WorkerActor, WorkerOrder
+from coordinator.actor import CoordinatorActor
+from coordinator.coordinator import CoordinatorOrder
+from worker.actor import WorkerActor, WorkerOrder
 
 StatusListener = Callable[[service.DescribeClusterResponse], None]
 
@@ -63,7 +64,9 @@ class _Member:
     node: NodeFacts
 
 
-def run(config: ServeConfig, *, on_status: StatusListener, on_note: Callable[[str], None], stop: threading.Event) -> int:
+def run(
+    config: ServeConfig, *, on_status: StatusListener, on_note: Callable[[str], None], stop: threading.Event
+) -> int:
     """Serve until `stop` is set (SIGINT and SIGTERM set it too) or a stage is lost; return the exit status.
 
     `on_status` gets the cluster's description about twice a second while it changes; `on_note` one-line remarks.
@@ -89,8 +92,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigurationError(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it (`cluster stop` if it is an earlier "
-                "serve), or choose another port with --port"
+                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it (`cluster stop` if it is an "
+                "earlier serve), or choose another port with --port"
             ) from error
 
 
@@ -149,8 +152,8 @@ def _check_ray_answers(address: str) -> None:
         )
     if address != "auto" and not _answers(address):
         raise ConfigurationError(
-            f"no Ray cluster answers at {address}; start one there with `ray start --head` or `ray up`, correct --address "
-            "or RAY_ADDRESS, or leave both out to start a local one"
+            f"no Ray cluster answers at {address}; start one there with `ray start --head` or `ray up`, correct "
+            "--address or RAY_ADDRESS, or leave both out to start a local one"
         )
 
 
@@ -170,8 +173,8 @@ def _reserved(config: ServeConfig) -> Iterator[PlacementGroup]:
         if not group.wait(RESERVE_SECONDS):
             free = {k: v for k, v in ray.available_resources().items() if k in bundle}
             raise ConfigurationError(
-                f"the Ray cluster has room for {config.workers} workers of {bundle}, but others hold it (free now: {free}); "
-                "wait, stop them, or ask for fewer workers"
+                f"the Ray cluster has room for {config.workers} workers of {bundle}, but others hold it (free now: "
+                f"{free}); wait, stop them, or ask for fewer workers"
             )
         yield group
     finally:

@@ -94,6 +94,15 @@ class StatusBoard:
         """Count the stages' time afresh: an epoch has opened."""
         self._meter = PipelineMeter([record.worker.node_name for record in self.stages])
 
+    def ready(self) -> None:
+        """Show that a real token went through every stage."""
+        self.state, self.message = service.CLUSTER_STATE_READY, "ready"
+
+    def drain(self) -> None:
+        """Show that no more requests are taken; a failure stays shown."""
+        if self.state != service.CLUSTER_STATE_FAILED:
+            self.state, self.message = service.CLUSTER_STATE_DRAINING, "shutting down"
+
     def lose(self, stage: int | None, message: str) -> None:
         """Show that the cluster can no longer generate, because of `stage` when that is known."""
         self.state = service.CLUSTER_STATE_FAILED

@@ -14,7 +14,7 @@ from functools import singledispatchmethod
 
 from cluster import errors
 from cluster.clock import Clock
-from cluster.errors import NotFoundError, NotReadyError, SpanwiseError, StageTimeoutError, StageUnavailableError
+from cluster.errors import NotFoundError, SpanwiseError, StageTimeoutError, StageUnavailableError
 from cluster.microbatch import StepFailure, StepProgress, StepResult
 from cluster.request import RequestId, SequenceId, TokenizedRequest
 from cluster.rpc.v1 import generation_pb2 as generation
@@ -49,7 +49,7 @@ class Engine:
         board: StatusBoard,
         clock: Clock,
         flight: FlightLog,
-        on_failed: Callable[[str], None],
+        on_failed: Callable[[str, int | None], None],
     ) -> None:
         self.board = board
         self._scheduler = scheduler
@@ -62,24 +62,16 @@ class Engine:
         self._is_handling = False
         self._flight = flight
         self._repair: asyncio.Task[None] | None = None
-        self._failure: SpanwiseError | None = None
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
-    def check_accepting(self) -> None:
-        """Raise NotReadyError or StageUnavailableError unless new requests are welcome."""
-        if self._failure is not None:
-            raise StageUnavailableError(str(self._failure))
-        if self.board.state == service.CLUSTER_STATE_LOADING:
-            raise NotReadyError(f"the model is not ready yet: {self.board.message}")
-        if self.board.state == service.CLUSTER_STATE_DRAINING:
-            raise NotReadyError("the server is shutting down and takes no new requests", reason="DRAINING")
-
     def submit(self, request: TokenizedRequest) -> RequestStream:
-        """Admit a request; its messages come from the returned stream. Raises what `check_accepting` and the
-        scheduler's limits raise."""
+        """Admit a request; its messages come from the returned stream. Raises what the scheduler's
+        limits raise."""
         if request.request_id in self._streams:
-            raise errors.InvalidRequestError(f"request_id {request.request_id!r} is that of a live request; make a new one")
+            raise errors.InvalidRequestError(
+                f"request_id {request.request_id!r} is that of a live request; make a new one"
+            )
         stream = RequestStream(request, self._tokenizer)
         stream.accept()
         self._streams[request.request_id] = stream
@@ -144,7 +136,7 @@ class Engine:
             self.post(events.StepFailed(event))
         else:
             logger.error("stage %s is lost: %s", event.stage, event.message)
-            self.post(events.EpochLost(self._pipeline.epoch, StageUnavailableError(event.message)))
+            self.post(events.EpochLost(event.epoch, StageUnavailableError(event.message)))
 
     def check_deadlines(self) -> None:
         """Give the epoch up when its oldest step is overdue. Called about once a second."""
@@ -152,28 +144,12 @@ class Engine:
         if overdue is None:
             return
         message = (
-            f"step {overdue.step_id} was not finished after {self._flight.timeout_seconds:g} s; its fate is unknown, so its "
-            "epoch is given up (--step-timeout raises the limit)"
+            f"step {overdue.step_id} was not finished after {self._flight.timeout_seconds:g} s; its fate is unknown, so "
+            "its epoch is given up (--step-timeout raises the limit)"
         )
         logger.error(message)
         self._flight.clear()
         self.post(events.EpochLost(self._pipeline.epoch, StageTimeoutError(message)))
-
-    def drain(self) -> None:
-        """Take no more requests."""
-        if self._failure is None:
-            self.board.state = service.CLUSTER_STATE_DRAINING
-            self.board.message = "shutting down"
-        self.post(events.DrainRequested())
-
-    def fail(self, message: str, stage: int | None = None) -> None:
-        """Stop serving for good: every request ends with StageUnavailableError, and so does every new one."""
-        if self._failure is not None:
-            return
-        self._failure = StageUnavailableError(message)
-        self.board.lose(stage, message)
-        self.end_all(self._failure)
-        self._on_failed(message)
 
     def end_all(self, error: SpanwiseError) -> None:
         """End every live request with an error."""
@@ -248,7 +224,7 @@ class Engine:
     @_perform.register
     def _(self, instruction: events.OpenEpoch) -> None:
         self._flight.clear()
-        if self._failure is None and (self._repair is None or self._repair.done()):
+        if self._repair is None or self._repair.done():
             self._repair = asyncio.get_running_loop().create_task(self._reopen(instruction.error))
 
     # --- repair ------------------------------------------------------------------------------------------------------
@@ -257,9 +233,9 @@ class Engine:
         """Open the next epoch on every stage; without all of them the cluster has failed."""
         logger.warning("opening a new epoch after: %s", cause)
         try:
-            epoch = await self._pipeline.open_next_epoch()
+            epoch = await self._pipeline.prove()
         except SpanwiseError as error:
-            self.fail(f"{error} (first noticed as: {cause})", self._pipeline.lost_stage)
+            self._on_failed(f"{error} (first noticed as: {cause})", self._pipeline.lost_stage)
             return
         self.board.start_epoch()
         self.post(events.EpochOpened(epoch, self._pipeline.num_stages))
@@ -304,6 +280,3 @@ def _num_prompt_tokens(instruction: events.RunStep) -> int:
     header = instruction.header
     pairs = zip(header.lengths, header.is_sampled, strict=True)
     return sum(length for length, is_sampled in pairs if length > 1 or not is_sampled)
-
-
-

@@ -25,7 +25,7 @@ class Intake:
     """Reads requests for one model."""
 
     def __init__(
-        self, spec: ModelSpec, tokenizer: Tokenizer, *, max_context: Callable[[], int], draw_seed: Callable[[], int]
+        self, spec: ModelSpec, tokenizer: Tokenizer, *, max_context: int, draw_seed: Callable[[], int]
     ) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
@@ -33,14 +33,16 @@ class Intake:
         self._draw_seed = draw_seed
 
     def read(self, request: service.GenerateRequest) -> TokenizedRequest:
-        """Return the request with prompt token ids and every default filled in. Raises InvalidRequestError, NotFoundError."""
+        """Return the request with token ids and all defaults filled in. Raises InvalidRequestError, NotFoundError."""
         self._check_model(request.model)
         if request.resume_offset:
             raise InvalidRequestError("resume_offset is reserved and must be 0: this server cannot resume a stream")
         if len(request.request_id) > MAX_REQUEST_ID_LENGTH:
             raise InvalidRequestError(f"request_id is longer than {MAX_REQUEST_ID_LENGTH} characters")
         if request.num_completions > MAX_COMPLETIONS:
-            raise InvalidRequestError(f"num_completions must be at most {MAX_COMPLETIONS}, not {request.num_completions}")
+            raise InvalidRequestError(
+                f"num_completions must be at most {MAX_COMPLETIONS}, not {request.num_completions}"
+            )
         prompt = self._prompt(request)
         return TokenizedRequest(
             request_id=RequestId(request.request_id or uuid.uuid4().hex),
@@ -80,11 +82,11 @@ class Intake:
         raise InvalidRequestError("the request has no prompt: set text, token_ids or chat")
 
     def _text(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, max_tokens=self._max_context()))
+        return tuple(self._tokenizer.encode(text, max_tokens=self._max_context))
 
     def _chat(self, chat: generation.ChatMessages) -> tuple[tuple[int, ...], str]:
         messages = [(message.role, message.content) for message in chat.messages]
-        token_ids, text = self._tokenizer.encode_chat(messages, max_tokens=self._max_context())
+        token_ids, text = self._tokenizer.encode_chat(messages, max_tokens=self._max_context)
         return tuple(token_ids), text
 
     def _check_token_ids(self, token_ids: object) -> None:
@@ -96,13 +98,16 @@ class Intake:
 
     def _sampling(self, request: service.GenerateRequest) -> SamplingParams:
         params = complete_sampling(
-            request.sampling, request.logprobs, generation_config=self._spec.generation_config, draw_seed=self._draw_seed
+            request.sampling,
+            request.logprobs,
+            generation_config=self._spec.generation_config,
+            draw_seed=self._draw_seed,
         )
         params.validate(self._spec.vocab_size)
         return params
 
     def _stop(self, stop: generation.StopRules, prompt_length: int) -> StopRules:
-        room = max(1, self._max_context() - prompt_length)
+        room = max(1, self._max_context - prompt_length)
         max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, room)
         if any(not text for text in stop.stop_strings):
             raise InvalidRequestError("a stop string must not be empty")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
+
+from cluster.wire.status import abort_with
 
 from cluster.errors import SpanwiseError
 from cluster.request import RequestId
-from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
-from cluster.wire.status import abort_with
+from coordinator.board import StatusBoard
 from coordinator.engine import Engine
 from coordinator.intake import Intake
 from coordinator.streams import RequestStream
@@ -20,33 +21,49 @@ HEARTBEAT_SECONDS = 10.0
 """Longest silence on a stream: below the 15 s that the schema promises and the minute at which proxies cut."""
 
 
-class GenerationServicer(service_grpc.GenerationServiceServicer):
-    """Implements GenerationService over an engine."""
+class Backend(Protocol):
+    """What serves the requests: `coordinator.coordinator.Coordinator`."""
 
-    def __init__(self, engine: Engine, intake: Intake) -> None:
-        self._engine = engine
+    board: StatusBoard
+
+    def engine(self) -> Engine:
+        """Return the engine, or raise NotReadyError or StageUnavailableError."""
+        ...
+
+    def describe(self) -> service.DescribeClusterResponse:
+        """Return state, stages and load."""
+        ...
+
+
+class GenerationServicer(service_grpc.GenerationServiceServicer):
+    """Implements GenerationService."""
+
+    def __init__(self, backend: Backend, intake: Intake) -> None:
+        self._backend = backend
         self._intake = intake
 
     async def Generate(  # noqa: N802
         self, request: service.GenerateRequest, context: Any
     ) -> AsyncIterator[service.GenerateResponse]:
         """Admit, then relay the request's events; a client that goes away aborts it."""
+        engine: Engine | None = None
         stream: RequestStream | None = None
         try:
-            self._engine.check_accepting()
+            self._backend.engine()  # before the work of tokenizing
             tokenized = await asyncio.to_thread(self._intake.read, request)
-            stream = self._engine.submit(tokenized)
-            async for response in _with_heartbeat(self._engine, stream):
+            engine = self._backend.engine()
+            stream = engine.submit(tokenized)
+            async for response in _with_heartbeat(engine, stream):
                 yield response
         except SpanwiseError as error:
             await abort_with(context, error)
         finally:
-            if stream is not None:
-                self._engine.abandon(stream)
+            if engine is not None and stream is not None:
+                engine.abandon(stream)
 
     async def Abort(self, request: service.AbortRequest, context: Any) -> service.AbortResponse:  # noqa: N802
         try:
-            self._engine.abort(RequestId(request.request_id))
+            self._backend.engine().abort(RequestId(request.request_id))
         except SpanwiseError as error:
             await abort_with(context, error)
         return service.AbortResponse()
@@ -72,14 +89,14 @@ class GenerationServicer(service_grpc.GenerationServiceServicer):
         request: service.ListModelsRequest,  # noqa: ARG002
         context: Any,  # noqa: ARG002
     ) -> service.ListModelsResponse:
-        return service.ListModelsResponse(models=[self._engine.board.model()])
+        return service.ListModelsResponse(models=[self._backend.board.model()])
 
     async def DescribeCluster(  # noqa: N802
         self,
         request: service.DescribeClusterRequest,  # noqa: ARG002
         context: Any,  # noqa: ARG002
     ) -> service.DescribeClusterResponse:
-        return self._engine.describe()
+        return self._backend.describe()
 
 
 async def _with_heartbeat(engine: Engine, stream: RequestStream) -> AsyncIterator[service.GenerateResponse]:
@@ -89,12 +106,8 @@ async def _with_heartbeat(engine: Engine, stream: RequestStream) -> AsyncIterato
             async with asyncio.timeout(HEARTBEAT_SECONDS):
                 response = await stream.next()
         except TimeoutError:
-            yield service.GenerateResponse(progress=_progress(engine, stream))
+            yield service.GenerateResponse(progress=engine.progress_of(stream))
             continue
         yield response
         if response.HasField("finished"):
             return
-
-
-def _progress(engine: Engine, stream: RequestStream) -> generation.Progress:
-    return engine.progress_of(stream)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+from cluster.wire.generation import finish_reason_to_proto, logprobs_to_proto, sampling_to_proto
+
 from cluster.errors import SpanwiseError
 from cluster.request import FinishReason, TokenizedRequest, TokenLogprobs
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
-from cluster.wire.generation import finish_reason_to_proto, logprobs_to_proto, sampling_to_proto
 from coordinator.detokenizer import Detokenizer
 from coordinator.stop_strings import StopStrings
 from coordinator.tokenizer import Tokenizer

@@ -13,25 +13,15 @@ from dataclasses import dataclass, field
 import psutil
 import ray
 import torch
+from cluster.logs import configure_logging
+from cluster.wire.tls import Credentials, SigningRequest
 
 from cluster.clock import SystemClock
 from cluster.errors import ConfigurationError
-from cluster.logs import configure_logging
-from cluster.placement import WorkerId
-from cluster.wire.tls import Credentials, SigningRequest
+from cluster.placement import NodeFacts, WorkerId
 from worker import machine
 from worker.loading import ModelLoader
 from worker.server import StageServer, WorkerFacts
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFacts:
-    """Where Ray put a worker."""
-
-    node_id: str
-    node_name: str
-    address: str  # that the other nodes reach it by
-    num_cores: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +53,7 @@ class WorkerActor:
         """Tell where this worker runs and under which address neighbours reach it."""
         context = ray.get_runtime_context()
         address = _address_of(interface) if interface else str(ray.util.get_node_ip_address())
-        return NodeFacts(context.get_node_id(), socket.gethostname(), address, machine.num_cores())
+        return NodeFacts(context.get_node_id(), socket.gethostname(), address)
 
     async def request_signature(self, address: str, node_name: str) -> bytes:
         """Make a key, keep it, and return the PEM signing request for it."""

@@ -91,8 +91,8 @@ def choose_device(num_gpus: float) -> torch.device:
     if built_for and capability[0] * 10 + capability[1] < min(built_for):
         raise ConfigurationError(
             f"{torch.cuda.get_device_name(0)} (compute capability {capability[0]}.{capability[1]}) is older than what "
-            f"this torch wheel was built for (sm_{min(built_for)} and newer): install a wheel for an older CUDA version, "
-            "or serve from this machine's CPU with --gpus 0"
+            f"this torch wheel was built for (sm_{min(built_for)} and newer): install a wheel for an older CUDA "
+            "version, or serve from this machine's CPU with --gpus 0"
         )
     return torch.device("cuda:0")
 

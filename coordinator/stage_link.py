@@ -1,0 +1,110 @@
+"""One worker's stage service, as the coordinator calls it. Covers calls and their deadlines; no decision.
+
+Every method raises SpanwiseError: foreign exceptions stop here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
+from cluster.wire.channels import open_channel
+from cluster.wire.status import from_rpc_error
+from cluster.wire.steps import epoch_to_proto
+from cluster.wire.tls import Credentials
+from cluster.wire.workers import (
+    load_order_to_proto,
+    load_progress_from_proto,
+    loaded_report_from_proto,
+    model_sizes_from_proto,
+    worker_info_from_proto,
+)
+
+from cluster.errors import StageTimeoutError, StageUnavailableError
+from cluster.microbatch import Epoch
+from cluster.model_spec import ModelSizes
+from cluster.placement import WorkerInfo
+from cluster.rpc.v1 import stage_service_pb2 as service
+from cluster.rpc.v1 import stage_service_pb2_grpc as service_grpc
+from cluster.version import PROTOCOL_VERSION, VERSION
+
+HELLO_SECONDS = 30.0
+MEASURE_SECONDS = 120.0
+OPEN_EPOCH_SECONDS = 15.0
+
+
+class StageLink:
+    """A channel to one worker."""
+
+    def __init__(self, address: str, credentials: Credentials | None) -> None:
+        self.address = address
+        self._channel = open_channel(address, credentials)
+        self.stub = service_grpc.StageServiceStub(self._channel)
+
+    async def hello(self) -> WorkerInfo:
+        """Exchange versions; the answer's address is replaced by the one that was dialled."""
+        request = service.HelloRequest(protocol_version=PROTOCOL_VERSION, version=VERSION)
+        async with _translated(f"worker at {self.address}"):
+            response = await self.stub.Hello(request, timeout=HELLO_SECONDS, wait_for_ready=True)
+        return worker_info_from_proto(response)
+
+    async def measure(self, config: Mapping[str, Any]) -> ModelSizes:
+        """Count a model's parameters on the worker."""
+        request = service.MeasureModelRequest(config_json=json.dumps(dict(config)))
+        async with _translated(f"worker at {self.address}"):
+            response = await self.stub.MeasureModel(request, timeout=MEASURE_SECONDS)
+        return model_sizes_from_proto(response)
+
+    async def load(
+        self, order: LoadOrder, on_progress: Callable[[LoadProgress], None], *, max_silent_seconds: float
+    ) -> LoadedReport:
+        """Load a span; StageTimeoutError when the worker says nothing for `max_silent_seconds`."""
+        where = f"stage {order.stage} (worker at {self.address}, blocks {order.span})"
+        async with _translated(where):
+            call = self.stub.LoadSpan(load_order_to_proto(order))
+            while True:
+                response = await _next_or_silent(call, max_silent_seconds, where)
+                if response.is_loaded:
+                    return loaded_report_from_proto(response)
+                on_progress(load_progress_from_proto(response))
+
+    async def open_epoch(self, epoch: Epoch, next_address: str, next_node_name: str) -> None:
+        """Open an epoch on this stage, which connects it to the next one."""
+        request = service.OpenEpochRequest(
+            epoch=epoch_to_proto(epoch), next_address=next_address, next_node_name=next_node_name
+        )
+        async with _translated(f"worker at {self.address}"):
+            await self.stub.OpenEpoch(request, timeout=OPEN_EPOCH_SECONDS)
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+async def _next_or_silent(call: Any, seconds: float, where: str) -> service.LoadSpanResponse:
+    try:
+        async with asyncio.timeout(seconds):
+            response = await call.read()
+    except TimeoutError:
+        call.cancel()
+        raise StageTimeoutError(f"{where} has said nothing for {seconds:g} s while loading") from None
+    if response is grpc.aio.EOF:
+        raise StageUnavailableError(f"{where} ended its load without saying that it is loaded")
+    return response
+
+
+@asynccontextmanager
+async def _translated(where: str) -> AsyncIterator[None]:
+    """Turn gRPC's errors into ours, saying which worker it was where the error itself does not."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        translated = from_rpc_error(error)
+        if isinstance(translated, StageUnavailableError) and where not in str(translated):
+            raise StageUnavailableError(f"{where} cannot be reached: {translated}", reason=translated.reason) from None
+        raise translated from None
