@@ -1,0 +1,112 @@
+"""How deep to fill the pipeline: measured step times, and what follows from them.
+
+Three questions are answered from one model of the pipeline, seconds by step size, measured per stage:
+
+* how many steps to have in flight (`depth`): the least that keeps the slowest stage busy, that is at least
+  (sum of stage times + hops) / slowest stage time. It may exceed the number of stages (hops count), and it falls to 1
+  where splitting gains nothing (a stage that reads its blocks from disk takes as long for 1 token as for 16);
+* how large a step may be while others decode (`largest_step`);
+* how long one traversal takes.
+
+Covers arithmetic on numbers handed in; reads no clock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+
+from cluster.microbatch import StageTiming
+
+NANOSECONDS = 1e-9
+EWMA_WEIGHT = 0.2  # of a new measurement: five steps to forget most of an old load
+TOLERANCE = 0.02  # a deeper pipeline must promise more than this
+MAX_DEPTH_PER_STAGE = 4  # bounds what a lost epoch throws away and what the relays must buffer
+
+
+class StepCurve:
+    """Seconds by number of tokens: a moving average per power of two, linear in between.
+
+    Outside of what has been measured seconds are taken as proportional to tokens. Downwards that is optimistic about
+    small steps, so that they are tried, measured, and kept only if they pay.
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[int, tuple[float, float]] = {}  # power of two → (tokens, seconds), both averages
+        self._tokens: list[float] = []
+        self._seconds: list[float] = []
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Account for one measured step."""
+        bucket = num_tokens.bit_length()
+        tokens, average = self._points.get(bucket, (num_tokens, seconds))
+        self._points[bucket] = (
+            tokens + EWMA_WEIGHT * (num_tokens - tokens),
+            average + EWMA_WEIGHT * (seconds - average),
+        )
+        points = [self._points[bucket] for bucket in sorted(self._points)]
+        self._tokens = [tokens for tokens, _ in points]
+        self._seconds = [seconds for _, seconds in points]
+
+    def seconds(self, num_tokens: float) -> float:
+        """Return the expected seconds; 0 before anything was measured."""
+        if not self._tokens:
+            return 0.0
+        right = bisect_left(self._tokens, num_tokens)
+        if right == 0 or right == len(self._tokens):
+            nearest = max(right - 1, 0)
+            return self._seconds[nearest] * num_tokens / self._tokens[nearest]
+        low, high = self._tokens[right - 1], self._tokens[right]
+        share = (num_tokens - low) / (high - low)
+        return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
+
+
+class PipelineTimes:
+    """What an epoch's stages and the hops between them have been measured to take."""
+
+    def __init__(self, num_stages: int) -> None:
+        self.num_stages = num_stages
+        self.is_measured = False
+        self._stages = [StepCurve() for _ in range(num_stages)]
+        self._hops = StepCurve()  # all of a step's time that no stage accounts for
+
+    def observe(self, num_tokens: int, timings: Sequence[StageTiming], elapsed_seconds: float) -> None:
+        """Account for a step that took `elapsed_seconds` from coordinator to coordinator."""
+        if len(timings) != self.num_stages:
+            return
+        for curve, timing in zip(self._stages, timings, strict=True):
+            curve.observe(num_tokens, (timing.finished_ns - timing.started_ns) * NANOSECONDS)
+        at_stages = sum(timing.finished_ns - timing.received_ns for timing in timings) * NANOSECONDS
+        self._hops.observe(num_tokens, max(0.0, elapsed_seconds - at_stages))
+        self.is_measured = True
+
+    def round_seconds(self, depth: int, num_tokens: float) -> float:
+        """Return the seconds between two steps of one sequence, with `depth` steps of `num_tokens` in flight."""
+        stages = [curve.seconds(num_tokens) for curve in self._stages]
+        return max(depth * max(stages), sum(stages) + self._hops.seconds(num_tokens), NANOSECONDS)
+
+    def depth(self, num_active_tokens: int, max_step_tokens: int) -> int:
+        """Return how many steps should be in flight for so many tokens to compute: decodes and prompt tokens.
+
+        The least depth within TOLERANCE of the best rate; one step per stage while nothing has been measured.
+        """
+        if not self.is_measured:
+            return self.num_stages
+        rates = []
+        for depth in range(1, min(MAX_DEPTH_PER_STAGE * self.num_stages, num_active_tokens) + 1):
+            num_tokens = min(max_step_tokens, num_active_tokens / depth)
+            rates.append(num_tokens * depth / self.round_seconds(depth, num_tokens))
+        good_enough = max(rates, default=0.0) * (1 - TOLERANCE)
+        return next((depth for depth, rate in enumerate(rates, 1) if rate >= good_enough), 1)
+
+    def largest_step(self, depth: int, num_decodes: int, target_seconds: float, max_step_tokens: int) -> int:
+        """Return how many tokens a step with `num_decodes` may have for decoding sequences to wait at most
+        `target_seconds` for their next token, were all `depth` steps as large.
+
+        Where decoding alone takes more than half of that, prompts may double it: they must advance, and a stage that
+        is as slow for one token as for many should see them in few pieces.
+        """
+        allowed = max(target_seconds, 2 * self.round_seconds(depth, num_decodes))
+        sizes = range(max_step_tokens + 1)
+        largest = bisect_right(sizes, allowed, key=lambda size: self.round_seconds(depth, size)) - 1
+        return max(largest, num_decodes + 1)
