@@ -16,6 +16,7 @@ from torch import Tensor
 from cluster.request import SamplingParams
 
 _LOWEST_TEMPERATURE = 1e-30  # above 0 in float32; already there nothing but ties of the best token survive
+_TILE_ELEMENTS = 2**20  # drawn from at a time
 _NUCLEUS_WIDTH = 256  # best tokens among which a top-p border is looked for first
 _NUCLEUS_GROWTH = 16
 
@@ -45,6 +46,12 @@ def log_normalizers(logits: Tensor) -> Tensor:
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
     """Return one token id per row of `logits` `[num_rows, vocab_size]`: the inverse CDF, in vocabulary order, at
     `uniforms` `[num_rows]` in [0, 1). Every temperature is above 0."""
+    num_rows = max(1, _TILE_ELEMENTS // logits.shape[1])
+    tiles = [slice(first, first + num_rows) for first in range(0, len(params), num_rows)]
+    return torch.cat([_draw_tile(logits[tile], params[tile], uniforms[tile]) for tile in tiles])
+
+
+def _draw_tile(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
     temperatures = [max(p.temperature, _LOWEST_TEMPERATURE) for p in params]
     mass = masses(logits, torch.tensor(temperatures, device=logits.device))
     _apply_filters(mass, params)
