@@ -63,8 +63,9 @@ def make_checkpoint(
     seed: int = 0,
 ) -> Path:
     """Write a checkpoint and return `folder`. `has_prefix=False` leaves out the base model's name, as bloom's do."""
-    fields = {"vocab_size": VOCAB_SIZE, "bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": None}
-    config = CONFIG_MAPPING[architecture](**fields, **CONFIGS[architecture], **(overrides or {}))
+    special_ids = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": None}
+    fields = {"vocab_size": VOCAB_SIZE, **special_ids, **CONFIGS[architecture], **(overrides or {})}
+    config = CONFIG_MAPPING[architecture](**fields)
     model = AutoModelForCausalLM.from_config(config)
     _randomize(model, seed)
     model.to(dtype).save_pretrained(folder)

@@ -57,7 +57,7 @@ class Bloom(Architecture):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        config.slow_but_exact = False  # a detour around linear layers that imitates Megatron's training, off by default
+        config.slow_but_exact = False  # a detour around the linear layers that loses their biases
 
     def adapt_block(self, block: Any) -> None:
         block.self_attention = PagedBloomAttention(block.self_attention)
