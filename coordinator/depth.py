@@ -25,10 +25,10 @@ MAX_DEPTH_PER_STAGE = 4  # bounds what a lost epoch throws away and what the rel
 
 
 class StepCurve:
-    """Seconds by number of tokens: a moving average per power of two, linear in between.
+    """Seconds by number of tokens: a moving average per power of two, linear in between and beyond.
 
-    Outside of what has been measured seconds are taken as proportional to tokens. Downwards that is optimistic about
-    small steps, so that they are tried, measured, and kept only if they pay.
+    Beyond what has been measured the nearest piece goes on, as long as more tokens take no less time and less than
+    proportionally more. A single measurement is taken as proportional.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,17 @@ class StepCurve:
         """Return the expected seconds; 0 before anything was measured."""
         if not self._tokens:
             return 0.0
+        last = len(self._tokens) - 1
         right = bisect_left(self._tokens, num_tokens)
-        if right == 0 or right == len(self._tokens):
-            nearest = max(right - 1, 0)
-            return self._seconds[nearest] * num_tokens / self._tokens[nearest]
+        nearest = min(right, last)
+        proportional = self._seconds[nearest] * num_tokens / self._tokens[nearest]
+        if last == 0:
+            return proportional
+        right = min(max(right, 1), last)
         low, high = self._tokens[right - 1], self._tokens[right]
         share = (num_tokens - low) / (high - low)
-        return self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
+        line = self._seconds[right - 1] * (1 - share) + self._seconds[right] * share
+        return line if 0 <= share <= 1 else sorted((proportional, line, self._seconds[nearest]))[1]
 
 
 class PipelineTimes:

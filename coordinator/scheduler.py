@@ -12,7 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from cluster import errors
-from cluster.errors import InvalidRequestError, NotFoundError, NotReadyError, OverloadedError, SpanwiseError
+from cluster.errors import (
+    InvalidRequestError,
+    InvariantError,
+    NotFoundError,
+    NotReadyError,
+    OverloadedError,
+    SpanwiseError,
+)
 from cluster.microbatch import Epoch, PromptLogprobs, StepFailure, StepResult
 from cluster.request import FinishReason, RequestId, SequenceId, TokenizedRequest, TokenLogprobs
 from coordinator import events
@@ -235,8 +242,8 @@ class Scheduler:
     ) -> Iterator[Instruction]:
         """Take the next token of a running sequence."""
         record = sequence.owner
-        if record.prompt_logprobs and sequence.completion_index == 0 and not sequence.output_token_ids:
-            yield events.EmitPromptLogprobs(record.request_id, tuple(record.prompt_logprobs))
+        if sequence.sampling.num_prompt_logprobs is not None and not sequence.output_token_ids:
+            yield self._prompt_logprobs_of(record)
         sequence.output_token_ids.append(token_id)
         self._running.ready[sequence.sequence_id] = sequence
         if record.first_token_at is None:
@@ -278,6 +285,15 @@ class Scheduler:
             )
         collected.extend(prompt.tokens)
 
+    def _prompt_logprobs_of(self, record: RequestRecord) -> Instruction:
+        collected = tuple(record.prompt_logprobs)
+        if len(collected) != len(record.prompt_token_ids):
+            raise self._story.error(
+                f"request {record.request_id!r} asked for log probabilities of its {len(record.prompt_token_ids)} prompt "
+                f"tokens; those of {len(collected)} came"
+            )
+        return events.EmitPromptLogprobs(record.request_id, collected)
+
     def _move(self, sequence: SequenceRecord, state: SequenceState, now: float) -> None:
         """Bring a sequence into another state, with all that it gains or gives up by that."""
         text = f"sequence {sequence.sequence_id}: {sequence.state.name} → {state.name}"
@@ -317,7 +333,7 @@ _TRANSITIONS: Mapping[tuple[SequenceState, SequenceState], Callable[[Scheduler, 
 
 
 def _finish_reason(sequence: SequenceRecord) -> FinishReason | None:
-    """Tell why a sequence ends with its latest token. The context is long enough for max_tokens: `validate` saw to it."""
+    """Tell why a sequence ends with its latest token. `validate` made sure that max_tokens ends before the context."""
     if sequence.output_token_ids[-1] in sequence.owner.stop_token_ids:
         return FinishReason.STOP
     if len(sequence.output_token_ids) == sequence.owner.request.stop.max_tokens:
@@ -328,6 +344,7 @@ def _finish_reason(sequence: SequenceRecord) -> FinishReason | None:
 def _error_of(failure: StepFailure) -> SpanwiseError:
     """Return a stage's report as the error it names."""
     kind = getattr(errors, failure.reason, None)
-    is_known = isinstance(kind, type) and issubclass(kind, SpanwiseError)
     message = f"step {failure.step_id} failed at stage {failure.stage}: {failure.message}"
-    return kind(message) if is_known else errors.InvariantError(f"{failure.reason}: {message}")
+    if isinstance(kind, type) and issubclass(kind, SpanwiseError):
+        return kind(message)
+    return InvariantError(f"{message} ({failure.reason})")

@@ -102,7 +102,7 @@ def num_kv_slots(request: TokenizedRequest) -> int:
 
 
 def completion_sampling(params: SamplingParams, completion_index: int) -> SamplingParams:
-    """Return the sampling of one of several completions: seed + i, the prompt's log probabilities only from the first."""
+    """Return the sampling of completion i: its seed is i more; the prompt is reported on by the first one only."""
     if completion_index == 0:
         return params
     return replace(params, seed=(params.seed + completion_index) % 2**64, num_prompt_logprobs=None)
