@@ -28,7 +28,7 @@ class StageRecord:
 
     stage: int
     worker: WorkerInfo
-    state: service.StageState.ValueType = service.STAGE_STATE_CONNECTING
+    state: service.StageState = service.STAGE_STATE_CONNECTING
     span: Span | None = None
     precision: Precision | None = None
     compute_dtype: str = ""
@@ -62,7 +62,7 @@ class StatusBoard:
     """The cluster's state, stages and counters."""
 
     def __init__(self, spec: ModelSpec, *, has_chat_template: bool, clock: Clock) -> None:
-        self.state: service.ClusterState.ValueType = service.CLUSTER_STATE_LOADING
+        self.state: service.ClusterState = service.CLUSTER_STATE_LOADING
         self.message = "connecting to workers"
         self.stages: list[StageRecord] = []
         self.placement: Placement | None = None
