@@ -20,8 +20,9 @@ _ZIP_MAGIC = b"PK\x03\x04"
 class PickledFile:
     """An open file. The tensors stay valid after `close`."""
 
-    def __init__(self, path: Path) -> None:
-        self._tensors = _load(path)
+    def __init__(self, path: Path, label: str) -> None:
+        """Read and check. `label` names the file in messages. Raises ConfigurationError and OSError."""
+        self._tensors = _load(path, label)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
@@ -37,20 +38,20 @@ class PickledFile:
         self._tensors = {}
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
+def _load(path: Path, label: str) -> dict[str, torch.Tensor]:
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
     if is_zip and not zipfile.is_zipfile(path):
-        raise ConfigurationError(f"{path} is truncated (its directory is missing): delete it and fetch it again")
+        raise ConfigurationError(f"{label} is truncated (its directory is missing): delete it and fetch it again")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
-            f"{path} is damaged or holds something other than tensors, and Spanwise never runs code from a "
+            f"{label} is damaged or holds something other than tensors, and Spanwise never runs code from a "
             f"checkpoint: fetch it again, or convert the checkpoint to safetensors"
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"{path} is truncated or damaged: delete it and fetch it again") from error
+        raise ConfigurationError(f"{label} is truncated or damaged: delete it and fetch it again") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} holds a {type(content).__name__}, not tensors by name")
+        raise ConfigurationError(f"{label} holds a {type(content).__name__}, not tensors by name")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}

@@ -91,11 +91,12 @@ def _parse_entry(field: Mapping[str, Any], data_start: int) -> TensorEntry:
 class SafetensorsFile:
     """An open file. The tensors stay valid after `close`: each of them holds the mapping it is a view of."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, label: str) -> None:
+        """Open and check. `label` names the file in messages. Raises ConfigurationError and OSError."""
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = header_length(file.read(LENGTH_BYTES), str(path), size)
-            self._entries = parse_header(file.read(length), str(path), size)
+            length = header_length(file.read(LENGTH_BYTES), label, size)
+            self._entries = parse_header(file.read(length), label, size)
             # Copy-on-write: torch wants writable memory, and a stray write must never reach the file.
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 

@@ -6,7 +6,7 @@ between processes. Which files, and how many at once, is the caller's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,6 @@ def _counting_bar(on_bytes: Callable[[int], None]) -> type:
     """Return a class that stands in for tqdm, since the hub's client reports bytes only to progress bars."""
 
     class CountingBar:
-        format_dict: Mapping[str, Any] = {}  # noqa: RUF012 - tqdm's interface
-
         def __init__(self, *_: Any, **__: Any) -> None:
             """Draw nothing."""
 
@@ -80,7 +78,7 @@ def _counting_bar(on_bytes: Callable[[int], None]) -> type:
 
         def set_postfix_str(self, *_: Any, **__: Any) -> None: ...
 
-        def refresh(self) -> None: ...
+        def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None: ...
 
         def close(self) -> None: ...
 

@@ -25,9 +25,6 @@ from cluster.errors import (
     SpanwiseError,
 )
 
-UNREACHABLE = "HUB_UNREACHABLE"
-"""`reason` of the ConfigurationError that says that there is no network, or that it must not be used."""
-
 _LOGIN = "log in with `hf auth login` (or set HF_TOKEN) on the machine that runs `cluster serve`"
 
 
@@ -38,6 +35,12 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
         yield
     except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
         raise _translate(error, repo_id, endpoint) from error
+
+
+def is_unreachable(error: SpanwiseError) -> bool:
+    """Tell whether `hub_errors` raised this because the hub did not answer, or must not be asked."""
+    causes = (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError)
+    return isinstance(error, ConfigurationError) and isinstance(error.__cause__, causes)
 
 
 def _translate(error: Exception, repo_id: str, endpoint: str) -> SpanwiseError:
@@ -66,7 +69,7 @@ def _translate(error: Exception, repo_id: str, endpoint: str) -> SpanwiseError:
         case HTTPError():
             return _unreachable(error, repo_id, endpoint)
         case _:
-            return ConfigurationError(f"cannot store {repo_id} in the hub's cache: {error}")
+            return ConfigurationError(f"{repo_id} could not be downloaded: {error}")
 
 
 def _translate_status(error: HfHubHTTPError, repo_id: str, endpoint: str) -> SpanwiseError:
@@ -77,7 +80,7 @@ def _translate_status(error: HfHubHTTPError, repo_id: str, endpoint: str) -> Spa
         return PermissionDeniedError(
             f"the hub token may not read {repo_id}: ask for access at {endpoint}/{repo_id}, then {_LOGIN}"
         )
-    return ConfigurationError(f"{endpoint} answered with status {status} for {repo_id}: try again", reason=UNREACHABLE)
+    return ConfigurationError(f"{endpoint} answered with status {status} for {repo_id}: try again")
 
 
 def _unreachable(error: BaseException, repo_id: str, endpoint: str) -> ConfigurationError:
@@ -85,6 +88,5 @@ def _unreachable(error: BaseException, repo_id: str, endpoint: str) -> Configura
     return ConfigurationError(
         f"cannot reach {endpoint} for {repo_id}, and the cache does not have all of it "
         f"({str(cause).splitlines()[0] if str(cause) else type(cause).__name__}): check the network, HTTPS_PROXY "
-        f"and HF_ENDPOINT, unset HF_HUB_OFFLINE, or name a local folder",
-        reason=UNREACHABLE,
+        f"and HF_ENDPOINT, unset HF_HUB_OFFLINE, or name a local folder"
     )

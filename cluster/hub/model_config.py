@@ -20,15 +20,13 @@ def check_supported(config: Mapping[str, Any], label: str) -> str:
     architecture = config.get("model_type")
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ConfigurationError(
-            f"{label} has architecture {architecture!r}; Spanwise serves {', '.join(SUPPORTED_ARCHITECTURES)}",
-            reason="UNSUPPORTED_ARCHITECTURE",
+            f"{label} has architecture {architecture!r}; Spanwise serves {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     quantization = config.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise ConfigurationError(
-            f"the weights of {label} are quantized ({method}): serve the checkpoint that it was made from",
-            reason="QUANTIZED_CHECKPOINT",
+            f"the weights of {label} are quantized ({method}): serve the checkpoint that it was made from"
         )
     return str(architecture)
 

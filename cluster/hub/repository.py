@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
 from cluster.errors import ConfigurationError
 from cluster.hub.download import HubAccess, cached_file, download_file
-from cluster.hub.errors import UNREACHABLE, hub_errors
+from cluster.hub.errors import hub_errors, is_unreachable
 from cluster.model_spec import HubSource
 
 _TIMEOUT_SECONDS = 30.0
@@ -48,7 +48,7 @@ def open_repository(repo_id: str, revision: str, access: HubAccess) -> Repositor
     try:
         return _list_online(repo_id, revision, access)
     except ConfigurationError as error:
-        cached = _list_cached(repo_id, revision, access) if error.reason == UNREACHABLE else None
+        cached = _list_cached(repo_id, revision, access) if is_unreachable(error) else None
         if cached is None:
             raise
         return cached
