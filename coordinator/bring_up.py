@@ -10,10 +10,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
-
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, IncompatibleVersionError, SpanwiseError
+from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
+from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSpec, Precision
 from cluster.placement import Placement, StagePlan, WorkerInfo
 from cluster.rpc.v1 import generation_service_pb2 as service
@@ -57,7 +57,7 @@ async def bring_up(job: BringUp, links: Sequence[StageLink], board: StatusBoard)
     board.place(placement, is_exact=job.config.exact)
     board.message = "loading"
     loads = [
-        _load(link, _order(job, placement, plan), record)
+        _load(link, _order(job, placement, plan), placement.epoch, record)
         for link, plan, record in zip(ordered, placement.stages, board.stages, strict=True)
     ]
     await _gather(loads)
@@ -97,7 +97,6 @@ def context_limit(setting: int, spec: ModelSpec) -> int:
 
 def _order(job: BringUp, placement: Placement, plan: StagePlan) -> LoadOrder:
     return LoadOrder(
-        epoch=placement.epoch,
         stage=plan.stage,
         num_stages=len(placement.stages),
         span=plan.span,
@@ -117,13 +116,13 @@ def _order(job: BringUp, placement: Placement, plan: StagePlan) -> LoadOrder:
     )
 
 
-async def _load(link: StageLink, order: LoadOrder, record: StageRecord) -> None:
+async def _load(link: StageLink, order: LoadOrder, epoch: Epoch, record: StageRecord) -> None:
     def show(progress: LoadProgress) -> None:
         record.state = _STATES[progress.phase]
         record.progress_bytes, record.progress_total_bytes = progress.bytes_done, progress.bytes_total
 
     record.state = service.STAGE_STATE_LOADING
-    report: LoadedReport = await link.load(order, show, max_silent_seconds=MAX_SILENT_LOAD_SECONDS)
+    report: LoadedReport = await link.load(order, epoch, show, max_silent_seconds=MAX_SILENT_LOAD_SECONDS)
     record.state = service.STAGE_STATE_READY
     record.weight_bytes, record.kv_bytes = report.weight_bytes, report.kv_bytes
     record.compute_dtype, record.kv_dtype, record.wire_dtype = report.compute_dtype, report.kv_dtype, report.wire_dtype

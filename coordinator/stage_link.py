@@ -12,10 +12,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
-from cluster.wire.channels import open_channel
-from cluster.wire.status import from_rpc_error
-from cluster.wire.steps import epoch_to_proto
 from cluster.wire.tls import Credentials
 from cluster.wire.workers import (
     load_order_to_proto,
@@ -26,12 +22,16 @@ from cluster.wire.workers import (
 )
 
 from cluster.errors import StageTimeoutError, StageUnavailableError
+from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSizes
 from cluster.placement import WorkerInfo
 from cluster.rpc.v1 import stage_service_pb2 as service
 from cluster.rpc.v1 import stage_service_pb2_grpc as service_grpc
 from cluster.version import PROTOCOL_VERSION, VERSION
+from cluster.wire.channels import open_channel
+from cluster.wire.status import from_rpc_error
+from cluster.wire.steps import epoch_to_proto
 
 HELLO_SECONDS = 30.0
 MEASURE_SECONDS = 120.0
@@ -61,12 +61,17 @@ class StageLink:
         return model_sizes_from_proto(response)
 
     async def load(
-        self, order: LoadOrder, on_progress: Callable[[LoadProgress], None], *, max_silent_seconds: float
+        self,
+        order: LoadOrder,
+        epoch: Epoch,
+        on_progress: Callable[[LoadProgress], None],
+        *,
+        max_silent_seconds: float,
     ) -> LoadedReport:
         """Load a span; StageTimeoutError when the worker says nothing for `max_silent_seconds`."""
         where = f"stage {order.stage} (worker at {self.address}, blocks {order.span})"
         async with _translated(where):
-            call = self.stub.LoadSpan(load_order_to_proto(order))
+            call = self.stub.LoadSpan(load_order_to_proto(order, epoch))
             while True:
                 response = await _next_or_silent(call, max_silent_seconds, where)
                 if response.is_loaded:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from cluster.load_order import LoadOrder, LoadProgress
 from cluster.microbatch import StepHeader, StepResult
-from cluster.model_spec import CheckpointFile, ModelSizes, ModelSource, Precision
-from cluster.span import Span
+from cluster.model_spec import ModelSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,37 +48,6 @@ class Executor(Protocol):
     def open_epoch(self) -> None:
         """Forget every sequence: page tables and sampling states."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class LoadOrder:
-    """Everything a worker needs to load its span. `token` is a hub token: never log it."""
-
-    stage: int
-    num_stages: int
-    span: Span
-    config: Mapping[str, Any]  # config.json
-    source: ModelSource
-    checkpoint_service: str  # host:port of the coordinator's; empty when every worker reaches the source itself
-    weight_files: tuple[CheckpointFile, ...]
-    weight_map: Mapping[str, str]  # tensor → file; empty for a single file
-    precision: Precision
-    kv_dtype: str  # "auto", "fp32", "bf16" or "fp16"
-    wire_dtype: str  # likewise
-    num_pages: int
-    page_size: int
-    max_context: int
-    is_exact: bool
-    token: str = field(default="", repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadProgress:
-    """A sign of life while loading. `bytes_total` 0 means unknown."""
-
-    phase: Literal["downloading", "loading"]
-    bytes_done: int
-    bytes_total: int
 
 
 @dataclass(frozen=True, slots=True)

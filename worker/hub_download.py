@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cluster.errors import ConfigurationError
 from cluster.hub.download import HubAccess, cached_file, download_file
+from cluster.load_order import LoadProgress
 from cluster.model_spec import CheckpointFile, HubSource
-from worker.executor import LoadProgress
 from worker.free_space import FreeBytes, require_space
 from worker.transfer import ByteCounter, run_transfers
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigurationError
+from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import ModelSizes
 from worker.architectures import Architecture, open_architecture
 from worker.architectures.base import HEAD_KEY
 from worker.blocks import ExactActivation, count_parameters, materialize
-from worker.executor import LoadedSpan, LoadOrder, LoadProgress
+from worker.executor import LoadedSpan
 from worker.kv_cache import KVCache
 from worker.linear import Scratch, build_linear
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16

@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 from cluster.errors import ConfigurationError
+from cluster.load_order import LoadProgress
 from cluster.model_spec import CheckpointFile
 from worker.checkpoint_client import CheckpointReader
-from worker.executor import LoadProgress
 from worker.free_space import FreeBytes, require_space
 from worker.partial_file import PartialFile
 from worker.safetensors_file import LENGTH_BYTES, header_length, parse_header

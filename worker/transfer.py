@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from threading import Event, Lock
 
-from worker.executor import LoadProgress
+from cluster.load_order import LoadProgress
 
 MAX_PARALLEL = 4
 REPORT_SECONDS = 0.5

@@ -17,9 +17,9 @@ import torch
 from cluster.errors import ConfigurationError
 from cluster.hub.download import HubAccess
 from cluster.hub.folder import folder_digest
+from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource
 from worker.checkpoint_client import CheckpointReader, connect_plaintext
-from worker.executor import LoadOrder, LoadProgress
 from worker.free_space import FreeBytes, free_bytes
 from worker.hub_download import download_files
 from worker.pickled_file import PickledFile

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.load_order import LoadOrder, LoadProgress
 from cluster.microbatch import Epoch, PageDelta, SequenceSampling, StepHeader, StepId, StepResult
 from cluster.model_spec import CheckpointFile, FolderSource, Precision
 from cluster.request import SamplingParams, SequenceId
 from cluster.span import Span
-from worker.executor import Executor, LoadedSpan, LoadOrder, LoadProgress
+from worker.executor import Executor, LoadedSpan
 from worker.loading import TorchSpanLoader
 from worker.stage import Exit
 

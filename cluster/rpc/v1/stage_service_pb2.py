@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.v1 import stage_pb2 as cluster_dot_rpc_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cluster/rpc/v1/stage_service.proto\x12\x0e\x63luster.rpc.v1\x1a\x1a\x63luster/rpc/v1/stage.proto\"9\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xe2\x02\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x13\n\x0bnum_threads\x18\x07 \x01(\r\x12\x19\n\x11\x66ree_memory_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12total_memory_bytes\x18\t \x01(\x04\x12\x0b\n\x03isa\x18\n \x01(\t\x12\x12\n\nprocess_id\x18\x0b \x01(\r\x12=\n\x08versions\x18\x0c \x03(\x0b\x32+.cluster.rpc.v1.HelloResponse.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"*\n\x13MeasureModelRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\"\x92\x01\n\x14MeasureModelResponse\x12\x1c\n\x14\x62lock_num_parameters\x18\x01 \x03(\x04\x12 \n\x18\x65mbedding_num_parameters\x18\x02 \x01(\x04\x12\x1b\n\x13head_num_parameters\x18\x03 \x01(\x04\x12\x1d\n\x15kv_elements_per_token\x18\x04 \x03(\r\"\xad\x04\n\x0fLoadSpanRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12(\n\x03hub\x18\x07 \x01(\x0b\x32\x19.cluster.rpc.v1.HubSourceH\x00\x12.\n\x06\x66older\x18\x08 \x01(\x0b\x32\x1c.cluster.rpc.v1.FolderSourceH\x00\x12\x34\n\x0cweight_files\x18\t \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\x12\x42\n\nweight_map\x18\n \x03(\x0b\x32..cluster.rpc.v1.LoadSpanRequest.WeightMapEntry\x12\x11\n\tprecision\x18\x0b \x01(\t\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x12\n\nwire_dtype\x18\r \x01(\t\x12\x11\n\tnum_pages\x18\x0e \x01(\r\x12\x11\n\tpage_size\x18\x0f \x01(\r\x12\x13\n\x0bmax_context\x18\x10 \x01(\r\x12\x10\n\x08is_exact\x18\x11 \x01(\x08\x1a\x30\n\x0eWeightMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\"\xb4\x02\n\x10LoadSpanResponse\x12\x35\n\x05phase\x18\x01 \x01(\x0e\x32&.cluster.rpc.v1.LoadSpanResponse.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x11\n\tis_loaded\x18\x04 \x01(\x08\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x15\n\rcompute_dtype\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\"H\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\"f\n\x10OpenEpochRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x14\n\x0cnext_address\x18\x02 \x01(\t\x12\x16\n\x0enext_node_name\x18\x03 \x01(\t\"\x13\n\x11OpenEpochResponse\"\x95\x01\n\x0e\x46orwardRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepHeader\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.cluster.rpc.v1.TensorSpec\x12*\n\x05piece\x18\x03 \x01(\x0b\x32\x1b.cluster.rpc.v1.TensorPiece\"H\n\x0f\x46orwardResponse\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"4\n\x0cWatchRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\"\xa8\x01\n\rWatchResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepResultH\x00\x12.\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1b.cluster.rpc.v1.StepFailureH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.cluster.rpc.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"@\n\x10ReadRangeRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"!\n\x11ReadRangeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xea\x03\n\x0cStageService\x12\x44\n\x05Hello\x12\x1c.cluster.rpc.v1.HelloRequest\x1a\x1d.cluster.rpc.v1.HelloResponse\x12Y\n\x0cMeasureModel\x12#.cluster.rpc.v1.MeasureModelRequest\x1a$.cluster.rpc.v1.MeasureModelResponse\x12O\n\x08LoadSpan\x12\x1f.cluster.rpc.v1.LoadSpanRequest\x1a .cluster.rpc.v1.LoadSpanResponse0\x01\x12P\n\tOpenEpoch\x12 .cluster.rpc.v1.OpenEpochRequest\x1a!.cluster.rpc.v1.OpenEpochResponse\x12N\n\x07\x46orward\x12\x1e.cluster.rpc.v1.ForwardRequest\x1a\x1f.cluster.rpc.v1.ForwardResponse(\x01\x30\x01\x12\x46\n\x05Watch\x12\x1c.cluster.rpc.v1.WatchRequest\x1a\x1d.cluster.rpc.v1.WatchResponse0\x01\x32g\n\x11\x43heckpointService\x12R\n\tReadRange\x12 .cluster.rpc.v1.ReadRangeRequest\x1a!.cluster.rpc.v1.ReadRangeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cluster/rpc/v1/stage_service.proto\x12\x0e\x63luster.rpc.v1\x1a\x1a\x63luster/rpc/v1/stage.proto\"9\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xe2\x02\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x13\n\x0bnum_threads\x18\x07 \x01(\r\x12\x19\n\x11\x66ree_memory_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12total_memory_bytes\x18\t \x01(\x04\x12\x0b\n\x03isa\x18\n \x01(\t\x12\x12\n\nprocess_id\x18\x0b \x01(\r\x12=\n\x08versions\x18\x0c \x03(\x0b\x32+.cluster.rpc.v1.HelloResponse.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"*\n\x13MeasureModelRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\"\xa7\x01\n\x14MeasureModelResponse\x12\x1c\n\x14\x62lock_num_parameters\x18\x01 \x03(\x04\x12 \n\x18\x65mbedding_num_parameters\x18\x02 \x01(\x04\x12\x1b\n\x13head_num_parameters\x18\x03 \x01(\x04\x12\x1d\n\x15kv_elements_per_token\x18\x04 \x03(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\"\xad\x04\n\x0fLoadSpanRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12(\n\x03hub\x18\x07 \x01(\x0b\x32\x19.cluster.rpc.v1.HubSourceH\x00\x12.\n\x06\x66older\x18\x08 \x01(\x0b\x32\x1c.cluster.rpc.v1.FolderSourceH\x00\x12\x34\n\x0cweight_files\x18\t \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\x12\x42\n\nweight_map\x18\n \x03(\x0b\x32..cluster.rpc.v1.LoadSpanRequest.WeightMapEntry\x12\x11\n\tprecision\x18\x0b \x01(\t\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x12\n\nwire_dtype\x18\r \x01(\t\x12\x11\n\tnum_pages\x18\x0e \x01(\r\x12\x11\n\tpage_size\x18\x0f \x01(\r\x12\x13\n\x0bmax_context\x18\x10 \x01(\r\x12\x10\n\x08is_exact\x18\x11 \x01(\x08\x1a\x30\n\x0eWeightMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\"\xb4\x02\n\x10LoadSpanResponse\x12\x35\n\x05phase\x18\x01 \x01(\x0e\x32&.cluster.rpc.v1.LoadSpanResponse.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x11\n\tis_loaded\x18\x04 \x01(\x08\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x15\n\rcompute_dtype\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\"H\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\"f\n\x10OpenEpochRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x14\n\x0cnext_address\x18\x02 \x01(\t\x12\x16\n\x0enext_node_name\x18\x03 \x01(\t\"\x13\n\x11OpenEpochResponse\"\x95\x01\n\x0e\x46orwardRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepHeader\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.cluster.rpc.v1.TensorSpec\x12*\n\x05piece\x18\x03 \x01(\x0b\x32\x1b.cluster.rpc.v1.TensorPiece\"H\n\x0f\x46orwardResponse\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"4\n\x0cWatchRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\"\xa8\x01\n\rWatchResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepResultH\x00\x12.\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1b.cluster.rpc.v1.StepFailureH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.cluster.rpc.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"@\n\x10ReadRangeRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"!\n\x11ReadRangeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xea\x03\n\x0cStageService\x12\x44\n\x05Hello\x12\x1c.cluster.rpc.v1.HelloRequest\x1a\x1d.cluster.rpc.v1.HelloResponse\x12Y\n\x0cMeasureModel\x12#.cluster.rpc.v1.MeasureModelRequest\x1a$.cluster.rpc.v1.MeasureModelResponse\x12O\n\x08LoadSpan\x12\x1f.cluster.rpc.v1.LoadSpanRequest\x1a .cluster.rpc.v1.LoadSpanResponse0\x01\x12P\n\tOpenEpoch\x12 .cluster.rpc.v1.OpenEpochRequest\x1a!.cluster.rpc.v1.OpenEpochResponse\x12N\n\x07\x46orward\x12\x1e.cluster.rpc.v1.ForwardRequest\x1a\x1f.cluster.rpc.v1.ForwardResponse(\x01\x30\x01\x12\x46\n\x05Watch\x12\x1c.cluster.rpc.v1.WatchRequest\x1a\x1d.cluster.rpc.v1.WatchResponse0\x01\x32g\n\x11\x43heckpointService\x12R\n\tReadRange\x12 .cluster.rpc.v1.ReadRangeRequest\x1a!.cluster.rpc.v1.ReadRangeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_MEASUREMODELREQUEST']._serialized_start=498
   _globals['_MEASUREMODELREQUEST']._serialized_end=540
   _globals['_MEASUREMODELRESPONSE']._serialized_start=543
-  _globals['_MEASUREMODELRESPONSE']._serialized_end=689
-  _globals['_LOADSPANREQUEST']._serialized_start=692
-  _globals['_LOADSPANREQUEST']._serialized_end=1249
-  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_start=1191
-  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_end=1239
-  _globals['_LOADSPANRESPONSE']._serialized_start=1252
-  _globals['_LOADSPANRESPONSE']._serialized_end=1560
-  _globals['_LOADSPANRESPONSE_PHASE']._serialized_start=1488
-  _globals['_LOADSPANRESPONSE_PHASE']._serialized_end=1560
-  _globals['_OPENEPOCHREQUEST']._serialized_start=1562
-  _globals['_OPENEPOCHREQUEST']._serialized_end=1664
-  _globals['_OPENEPOCHRESPONSE']._serialized_start=1666
-  _globals['_OPENEPOCHRESPONSE']._serialized_end=1685
-  _globals['_FORWARDREQUEST']._serialized_start=1688
-  _globals['_FORWARDREQUEST']._serialized_end=1837
-  _globals['_FORWARDRESPONSE']._serialized_start=1839
-  _globals['_FORWARDRESPONSE']._serialized_end=1911
-  _globals['_WATCHREQUEST']._serialized_start=1913
-  _globals['_WATCHREQUEST']._serialized_end=1965
-  _globals['_WATCHRESPONSE']._serialized_start=1968
-  _globals['_WATCHRESPONSE']._serialized_end=2136
-  _globals['_READRANGEREQUEST']._serialized_start=2138
-  _globals['_READRANGEREQUEST']._serialized_end=2202
-  _globals['_READRANGERESPONSE']._serialized_start=2204
-  _globals['_READRANGERESPONSE']._serialized_end=2237
-  _globals['_STAGESERVICE']._serialized_start=2240
-  _globals['_STAGESERVICE']._serialized_end=2730
-  _globals['_CHECKPOINTSERVICE']._serialized_start=2732
-  _globals['_CHECKPOINTSERVICE']._serialized_end=2835
+  _globals['_MEASUREMODELRESPONSE']._serialized_end=710
+  _globals['_LOADSPANREQUEST']._serialized_start=713
+  _globals['_LOADSPANREQUEST']._serialized_end=1270
+  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_start=1212
+  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_end=1260
+  _globals['_LOADSPANRESPONSE']._serialized_start=1273
+  _globals['_LOADSPANRESPONSE']._serialized_end=1581
+  _globals['_LOADSPANRESPONSE_PHASE']._serialized_start=1509
+  _globals['_LOADSPANRESPONSE_PHASE']._serialized_end=1581
+  _globals['_OPENEPOCHREQUEST']._serialized_start=1583
+  _globals['_OPENEPOCHREQUEST']._serialized_end=1685
+  _globals['_OPENEPOCHRESPONSE']._serialized_start=1687
+  _globals['_OPENEPOCHRESPONSE']._serialized_end=1706
+  _globals['_FORWARDREQUEST']._serialized_start=1709
+  _globals['_FORWARDREQUEST']._serialized_end=1858
+  _globals['_FORWARDRESPONSE']._serialized_start=1860
+  _globals['_FORWARDRESPONSE']._serialized_end=1932
+  _globals['_WATCHREQUEST']._serialized_start=1934
+  _globals['_WATCHREQUEST']._serialized_end=1986
+  _globals['_WATCHRESPONSE']._serialized_start=1989
+  _globals['_WATCHRESPONSE']._serialized_end=2157
+  _globals['_READRANGEREQUEST']._serialized_start=2159
+  _globals['_READRANGEREQUEST']._serialized_end=2223
+  _globals['_READRANGERESPONSE']._serialized_start=2225
+  _globals['_READRANGERESPONSE']._serialized_end=2258
+  _globals['_STAGESERVICE']._serialized_start=2261
+  _globals['_STAGESERVICE']._serialized_end=2751
+  _globals['_CHECKPOINTSERVICE']._serialized_start=2753
+  _globals['_CHECKPOINTSERVICE']._serialized_end=2856
 # @@protoc_insertion_point(module_scope)

@@ -57,16 +57,18 @@ class MeasureModelRequest(_message.Message):
     def __init__(self, config_json: _Optional[str] = ...) -> None: ...
 
 class MeasureModelResponse(_message.Message):
-    __slots__ = ("block_num_parameters", "embedding_num_parameters", "head_num_parameters", "kv_elements_per_token")
+    __slots__ = ("block_num_parameters", "embedding_num_parameters", "head_num_parameters", "kv_elements_per_token", "hidden_size")
     BLOCK_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     HEAD_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     KV_ELEMENTS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     block_num_parameters: _containers.RepeatedScalarFieldContainer[int]
     embedding_num_parameters: int
     head_num_parameters: int
     kv_elements_per_token: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, block_num_parameters: _Optional[_Iterable[int]] = ..., embedding_num_parameters: _Optional[int] = ..., head_num_parameters: _Optional[int] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ...) -> None: ...
+    hidden_size: int
+    def __init__(self, block_num_parameters: _Optional[_Iterable[int]] = ..., embedding_num_parameters: _Optional[int] = ..., head_num_parameters: _Optional[int] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class LoadSpanRequest(_message.Message):
     __slots__ = ("epoch", "stage", "num_stages", "first_block", "end_block", "config_json", "hub", "folder", "weight_files", "weight_map", "precision", "kv_dtype", "wire_dtype", "num_pages", "page_size", "max_context", "is_exact")

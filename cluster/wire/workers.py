@@ -1,0 +1,168 @@
+"""Hellos, measurements and load orders: domain values to protobuf and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
+from cluster.microbatch import Epoch
+from cluster.model_spec import CheckpointFile, FolderSource, HubSource, ModelSizes, ModelSource, Precision
+from cluster.placement import WorkerId, WorkerInfo
+from cluster.rpc.v1 import stage_pb2, stage_service_pb2
+from cluster.span import Span
+from cluster.version import PROTOCOL_VERSION
+from cluster.wire.steps import epoch_to_proto
+
+
+def worker_info_to_proto(info: WorkerInfo) -> stage_service_pb2.HelloResponse:
+    return stage_service_pb2.HelloResponse(
+        protocol_version=PROTOCOL_VERSION,
+        worker_id=info.worker_id,
+        node_name=info.node_name,
+        address=info.address,
+        device=info.device,
+        device_name=info.device_name,
+        num_threads=info.num_threads,
+        free_memory_bytes=info.free_memory_bytes,
+        total_memory_bytes=info.total_memory_bytes,
+        isa=info.isa,
+        process_id=info.process_id,
+        versions=dict(info.versions),
+    )
+
+
+def worker_info_from_proto(message: stage_service_pb2.HelloResponse) -> WorkerInfo:
+    return WorkerInfo(
+        worker_id=WorkerId(message.worker_id),
+        node_name=message.node_name,
+        address=message.address,
+        device=message.device,
+        device_name=message.device_name,
+        num_threads=message.num_threads,
+        free_memory_bytes=message.free_memory_bytes,
+        total_memory_bytes=message.total_memory_bytes,
+        isa=message.isa,
+        process_id=message.process_id,
+        versions=tuple(sorted(message.versions.items())),
+    )
+
+
+def model_sizes_to_proto(sizes: ModelSizes) -> stage_service_pb2.MeasureModelResponse:
+    return stage_service_pb2.MeasureModelResponse(
+        block_num_parameters=sizes.block_num_parameters,
+        embedding_num_parameters=sizes.embedding_num_parameters,
+        head_num_parameters=sizes.head_num_parameters,
+        kv_elements_per_token=sizes.kv_elements_per_token,
+        hidden_size=sizes.hidden_size,
+    )
+
+
+def model_sizes_from_proto(message: stage_service_pb2.MeasureModelResponse) -> ModelSizes:
+    return ModelSizes(
+        block_num_parameters=tuple(message.block_num_parameters),
+        embedding_num_parameters=message.embedding_num_parameters,
+        head_num_parameters=message.head_num_parameters,
+        kv_elements_per_token=tuple(message.kv_elements_per_token),
+        hidden_size=message.hidden_size,
+    )
+
+
+def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.LoadSpanRequest:
+    message = stage_service_pb2.LoadSpanRequest(
+        epoch=epoch_to_proto(epoch),
+        stage=order.stage,
+        num_stages=order.num_stages,
+        first_block=order.span.start,
+        end_block=order.span.end,
+        config_json=json.dumps(dict(order.config)),
+        weight_files=[stage_pb2.CheckpointFile(name=f.name, size_bytes=f.size_bytes) for f in order.weight_files],
+        weight_map=order.weight_map,
+        precision=order.precision.value,
+        kv_dtype=order.kv_dtype,
+        wire_dtype=order.wire_dtype,
+        num_pages=order.num_pages,
+        page_size=order.page_size,
+        max_context=order.max_context,
+        is_exact=order.is_exact,
+    )
+    source = order.source
+    if isinstance(source, HubSource):
+        message.hub.CopyFrom(
+            stage_pb2.HubSource(
+                repo_id=source.repo_id, commit=source.commit, endpoint=source.endpoint, token=order.token
+            )
+        )
+    else:
+        message.folder.CopyFrom(
+            stage_pb2.FolderSource(
+                path=source.path, digest=source.digest, checkpoint_service=order.checkpoint_service
+            )
+        )
+    return message
+
+
+def load_order_from_proto(message: stage_service_pb2.LoadSpanRequest) -> LoadOrder:
+    return LoadOrder(
+        stage=message.stage,
+        num_stages=message.num_stages,
+        span=Span(message.first_block, message.end_block),
+        config=json.loads(message.config_json),
+        source=_source_from_proto(message),
+        checkpoint_service=message.folder.checkpoint_service,
+        weight_files=tuple(CheckpointFile(f.name, f.size_bytes) for f in message.weight_files),
+        weight_map=dict(message.weight_map),
+        precision=Precision(message.precision),
+        kv_dtype=message.kv_dtype,
+        wire_dtype=message.wire_dtype,
+        num_pages=message.num_pages,
+        page_size=message.page_size,
+        max_context=message.max_context,
+        is_exact=message.is_exact,
+        token=message.hub.token,
+    )
+
+
+def _source_from_proto(message: stage_service_pb2.LoadSpanRequest) -> ModelSource:
+    if message.WhichOneof("source") == "hub":
+        return HubSource(message.hub.repo_id, message.hub.commit, message.hub.endpoint)
+    return FolderSource(message.folder.path, message.folder.digest)
+
+
+_PHASES: dict[Literal["downloading", "loading"], stage_service_pb2.LoadSpanResponse.Phase] = {
+    "downloading": stage_service_pb2.LoadSpanResponse.PHASE_DOWNLOADING,
+    "loading": stage_service_pb2.LoadSpanResponse.PHASE_LOADING,
+}
+
+
+def load_progress_to_proto(progress: LoadProgress) -> stage_service_pb2.LoadSpanResponse:
+    return stage_service_pb2.LoadSpanResponse(
+        phase=_PHASES[progress.phase], bytes_done=progress.bytes_done, bytes_total=progress.bytes_total
+    )
+
+
+def load_progress_from_proto(message: stage_service_pb2.LoadSpanResponse) -> LoadProgress:
+    is_download = message.phase == stage_service_pb2.LoadSpanResponse.PHASE_DOWNLOADING
+    return LoadProgress("downloading" if is_download else "loading", message.bytes_done, message.bytes_total)
+
+
+def loaded_report_to_proto(report: LoadedReport) -> stage_service_pb2.LoadSpanResponse:
+    return stage_service_pb2.LoadSpanResponse(
+        phase=stage_service_pb2.LoadSpanResponse.PHASE_LOADING,
+        is_loaded=True,
+        weight_bytes=report.weight_bytes,
+        kv_bytes=report.kv_bytes,
+        compute_dtype=report.compute_dtype,
+        wire_dtype=report.wire_dtype,
+        kv_dtype=report.kv_dtype,
+    )
+
+
+def loaded_report_from_proto(message: stage_service_pb2.LoadSpanResponse) -> LoadedReport:
+    return LoadedReport(
+        weight_bytes=message.weight_bytes,
+        kv_bytes=message.kv_bytes,
+        compute_dtype=message.compute_dtype,
+        wire_dtype=message.wire_dtype,
+        kv_dtype=message.kv_dtype,
+    )
