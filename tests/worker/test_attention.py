@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def cut_into(lengths: Sequence[int], sequence_id: int = 0) -> list[list[Chunk]]:
 def chunkings(draw: st.DrawFn, num_tokens: int) -> list[int]:
     cuts = draw(st.sets(st.integers(1, num_tokens - 1), max_size=6))
     borders = [0, *sorted(cuts), num_tokens]
-    return [stop - start for start, stop in zip(borders, borders[1:], strict=False)]
+    return [stop - start for start, stop in pairwise(borders)]
 
 
 models = st.builds(
