@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.hub.folder import folder_digest
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.microbatch import Epoch, PageDelta, SequenceSampling, StepHeader, StepId, StepResult
 from cluster.model_spec import CheckpointFile, FolderSource, Precision
@@ -39,7 +40,7 @@ def make_order(folder: Path, stage: int = 0, num_stages: int = 1, **changes: Any
         "num_stages": num_stages,
         "span": Span(stage * num_blocks // num_stages, (stage + 1) * num_blocks // num_stages),
         "config": config,
-        "source": FolderSource(str(folder), digest=""),
+        "source": FolderSource(str(folder), folder_digest(folder)),
         "checkpoint_service": "",
         "weight_files": tuple(CheckpointFile(path.name, path.stat().st_size) for path in files),
         "weight_map": json.loads(indexes[0].read_text())["weight_map"] if indexes else {},

@@ -6,6 +6,7 @@ An allowlist: a family is admitted by a parity test and refused by name otherwis
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -13,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from cluster.errors import ConfigurationError
-from cluster.model_spec import SUPPORTED_ARCHITECTURES
+from cluster.hub.model_config import check_supported
 from worker.architectures.base import Architecture
 from worker.blocks import ATTENTION_NAME, register_attention
 
@@ -25,33 +26,14 @@ def open_architecture(config: Mapping[str, Any]) -> Architecture:
 
     Never runs code from the checkpoint: `auto_map` entries are ignored.
     """
-    model_type = config.get("model_type", "")
-    if model_type not in SUPPORTED_ARCHITECTURES:
-        raise ConfigurationError(
-            f"models of type {model_type or '(none: config.json has no model_type)'} are not supported; "
-            f"these are: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    _refuse_quantized(config)
-    register_attention()
+    model_type = check_supported(config, "the checkpoint")
     adapter: type[Architecture] = import_module(f"{__name__}.{model_type}").ARCHITECTURE
-    parsed = _parse(model_type, config)
-    return adapter(parsed)
-
-
-def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = str(quantization.get("quant_method") or "an unnamed method").upper()
-        raise ConfigurationError(
-            f"the checkpoint is already quantized ({method}), which Spanwise does not read: "
-            "serve the original 16-bit or 32-bit checkpoint of the same model"
-        )
-
-
-def _parse(model_type: str, config: Mapping[str, Any]) -> Any:
+    register_attention()
     try:
-        parsed = CONFIG_MAPPING[model_type].from_dict(dict(config))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        parsed = CONFIG_MAPPING[model_type].from_dict(deepcopy(dict(config)))
+        parsed._attn_implementation = ATTENTION_NAME
+        architecture = adapter(parsed)
+        architecture.build_block(0)
+    except (StrictDataclassError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ConfigurationError(f"config.json is not a valid {model_type} config: {error}") from error
-    parsed._attn_implementation = ATTENTION_NAME
-    return parsed
+    return architecture
