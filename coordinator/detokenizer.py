@@ -1,6 +1,7 @@
 """A completion's text, token by token, never ending within a character.
 
-Pieces concatenate to what decoding the whole completion after its prompt gives. Only a few tokens at the end are
+Pieces concatenate to what the completion adds to the prompt's text when both are decoded at once; a character that the
+prompt leaves incomplete belongs to the completion. Only a few tokens at the end are
 decoded again and again, so the cost per token is constant. A token's text depends on what stands before it (a leading
 space is dropped where a text begins), so decoding starts at tokens whose text is out already.
 """
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 
 from coordinator.tokenizer import Tokenizer
 
-_MIN_CONTEXT_TOKENS, _MAX_CONTEXT_TOKENS = 4, 64  # of the prompt
+_MIN_CONTEXT_TOKENS, _MAX_CONTEXT_TOKENS = 4, 64
 _MAX_HELD_TOKENS = 8
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an incomplete or invalid character decodes to
 
@@ -21,7 +22,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = _prompt_context(tokenizer, prompt_token_ids)
+        self._context = _last_words(tokenizer, prompt_token_ids)
         self._context_text = tokenizer.decode(self._context).rstrip(_REPLACEMENT)
         self._held: list[int] = []
 
@@ -63,16 +64,17 @@ class Detokenizer:
         if count == 0:
             return ""
         text = self._text(count)
-        self._context, self._held = self._held[:count], self._held[count:]
+        self._context = _last_words(self._tokenizer, self._context + self._held[:count])
         self._context_text = self._tokenizer.decode(self._context)
+        self._held = self._held[count:]
         return text
 
 
-def _prompt_context(tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> list[int]:
-    """Return the prompt's last tokens that are text, enough of them not to begin within a character."""
-    tail = prompt_token_ids[-_MAX_CONTEXT_TOKENS:]
+def _last_words(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """Return the last tokens that are text, enough of them to hold at least one whole character."""
+    tail = token_ids[-_MAX_CONTEXT_TOKENS:]
     words = [token_id for token_id in tail if token_id not in tokenizer.special_token_ids]
-    for start in range(max(0, len(words) - _MIN_CONTEXT_TOKENS), 0, -1):
-        if _REPLACEMENT not in tokenizer.decode(words[start:]).rstrip(_REPLACEMENT):
+    for start in range(len(words) - _MIN_CONTEXT_TOKENS, 0, -1):
+        if tokenizer.decode(words[start:]).strip(_REPLACEMENT):
             return words[start:]
     return words
