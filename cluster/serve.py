@@ -329,7 +329,8 @@ def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threadi
 
 def _describe(stub: Any) -> service.DescribeClusterResponse | None:
     try:
-        return stub.DescribeCluster(service.DescribeClusterRequest(), timeout=5.0)
+        response: service.DescribeClusterResponse = stub.DescribeCluster(service.DescribeClusterRequest(), timeout=5.0)
+        return response
     except grpc.RpcError:
         return None  # Ray's notice about the coordinator decides
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, IncompatibleVersionError, SpanwiseError
@@ -20,6 +21,8 @@ from cluster.rpc.v1 import generation_service_pb2 as service
 from coordinator.board import StageRecord, StatusBoard
 from coordinator.placement import PlacementOptions, place
 from coordinator.stage_link import StageLink
+
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
@@ -140,16 +143,17 @@ def _check_versions(workers: Sequence[WorkerInfo]) -> None:
             )
 
 
-async def _gather(calls: Sequence[object]) -> list[object]:
+async def _gather(calls: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
     """Await all; the first failure cancels the others and is raised as itself."""
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(call) for call in calls]  # type: ignore[arg-type]
+            tasks = [group.create_task(call) for call in calls]
     except BaseExceptionGroup as failures:
         raise _first(failures) from None
     return [task.result() for task in tasks]
 
 
 def _first(failures: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return one failure: an unexpected one before those that we know how to tell."""
     known, unknown = failures.split(SpanwiseError)
     return (unknown or known or failures).exceptions[0]

@@ -94,7 +94,7 @@ class StageLink:
 async def _next_or_silent(call: Any, seconds: float, where: str) -> service.LoadSpanResponse:
     try:
         async with asyncio.timeout(seconds):
-            response = await call.read()
+            response: service.LoadSpanResponse = await call.read()
     except TimeoutError:
         call.cancel()
         raise StageTimeoutError(f"{where} has said nothing for {seconds:g} s while loading") from None

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 import psutil
 import ray
 import torch
-from cluster.logs import configure_logging
-from cluster.wire.tls import Credentials, SigningRequest
 
 from cluster.clock import SystemClock
 from cluster.errors import ConfigurationError
-from cluster.placement import NodeFacts, WorkerId
+from cluster.logs import configure_logging
+from cluster.placement import NodeFacts, WorkerId, WorkerInfo
+from cluster.wire.tls import Credentials, SigningRequest
 from worker import machine
-from worker.loading import ModelLoader
-from worker.server import StageServer, WorkerFacts
+from worker.loading import TorchSpanLoader
+from worker.numerics import isa
+from worker.server import StageServer
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +67,15 @@ class WorkerActor:
         configure_logging(order.log_dir, name, json=order.is_log_json)
         device = machine.choose_device(order.num_gpus)
         num_threads = order.num_threads or max(1, machine.num_cores() // order.num_neighbours)
-        torch.set_num_threads(num_threads)
+        credentials = self._credentials(order)
         self._server = StageServer(
-            facts=_facts(order, device, num_threads),
-            loader=ModelLoader(device=device, num_threads=num_threads, credentials=self._credentials(order)),
+            _info(order, device, num_threads),
+            TorchSpanLoader(device),
             host=order.listen_address,
             ports=order.ports,
-            credentials=self._credentials(order),
+            credentials=credentials,
             clock=SystemClock(),
+            prepare_thread=lambda: torch.set_num_threads(num_threads),
         )
         return await self._server.start()
 
@@ -94,18 +96,19 @@ class WorkerActor:
         return self._signing.credentials(order.certificate, order.authority)
 
 
-def _facts(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerFacts:
+def _info(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerInfo:
     free, total = machine.device_memory(device)
     budget = order.memory_bytes or int(free * machine.MEMORY_SHARE) // order.num_neighbours
-    return WorkerFacts(
+    return WorkerInfo(
         worker_id=order.worker_id,
         node_name=socket.gethostname(),
+        address="",  # known once the server listens
         device=str(device),
         device_name=machine.device_name(device),
         num_threads=num_threads,
         free_memory_bytes=budget,
         total_memory_bytes=total,
-        isa=machine.isa(device),
+        isa=isa(device),
         process_id=os.getpid(),
         versions=machine.package_versions(),
     )
