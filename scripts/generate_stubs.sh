@@ -9,7 +9,7 @@ compiler="grpcio-tools==1.62.3"
 venv=.venv-proto
 
 if [ "$(cat $venv/installed 2>/dev/null)" != "$compiler" ]; then
-    scripts/install.sh $venv "$compiler" "setuptools<80"
+    PYTHON="python3.11 python3.12" scripts/install.sh $venv "$compiler" "setuptools<80"
     echo "$compiler" >$venv/installed
 fi
 

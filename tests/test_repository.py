@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+from cluster.config import ServeConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "coordinator", "worker")
@@ -67,6 +70,16 @@ def test_every_module_has_a_layer() -> None:
 def test_no_package_hides_a_python_file_from_the_wheel() -> None:
     """A folder with modules but without `__init__.py` would not be packaged."""
     assert [str(path) for path in modules() if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_readme_tells_every_setting_of_serve() -> None:
+    flags = {f"--{field.name.replace('_', '-')}" for field in fields(ServeConfig)} - {"--model"}
+    readme = (ROOT / "README.md").read_text()
+    assert {flag for flag in flags if f"`{flag}`" not in readme} == set()
+
+
+def test_architecture_page_is_short() -> None:
+    assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) < 150
 
 
 def test_schemas_never_hold_python() -> None:
