@@ -78,6 +78,7 @@ def placement_options(job: BringUp) -> PlacementOptions:
         max_running=config.max_running,
         kv_memory_bytes=config.kv_memory,
         generation=job.generation,
+        max_step_tokens=config.max_step_tokens,
     )
 
 

@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import grpc
-from cluster.hub.resolve import tokenizer_folder
-from cluster.wire.channels import bind, new_server
-from cluster.wire.tls import Credentials
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -22,12 +19,16 @@ from grpc_reflection.v1alpha import reflection
 from cluster.clock import Clock
 from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, SpanwiseError, StageUnavailableError
+from cluster.hub.resolve import tokenizer_folder
 from cluster.model_spec import FolderSource, ModelSpec
 from cluster.placement import Placement
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.rpc.v1 import stage_service_pb2_grpc as stage_grpc
+from cluster.wire.channels import bind, new_server
+from cluster.wire.tls import Credentials
 from coordinator import events
+from coordinator.admission import Limits
 from coordinator.board import StatusBoard
 from coordinator.bring_up import BringUp, bring_up, context_limit
 from coordinator.checkpoint_server import CheckpointServicer
@@ -35,7 +36,7 @@ from coordinator.engine import Engine
 from coordinator.flight import FlightLog
 from coordinator.intake import Intake
 from coordinator.pipeline import Pipeline, PipelineEvent
-from coordinator.scheduler import Scheduler, SchedulerLimits
+from coordinator.scheduler import Scheduler
 from coordinator.server import GenerationServicer
 from coordinator.stage_link import StageLink
 from coordinator.tokenizer import Tokenizer
@@ -173,7 +174,7 @@ class Coordinator:
     def _new_engine(self, placement: Placement, links: Sequence[StageLink]) -> tuple[Engine, Pipeline]:
         config = self._order.config
         scheduler = Scheduler(
-            SchedulerLimits(
+            Limits(
                 num_pages=placement.num_pages,
                 page_size=placement.page_size,
                 max_context=placement.max_context,
@@ -182,8 +183,8 @@ class Coordinator:
                 max_running=config.max_running,
                 max_waiting=config.max_waiting,
                 max_step_tokens=config.max_step_tokens,
-                inter_token_target_seconds=config.inter_token_target,
-                step_timeout_seconds=config.step_timeout,
+                inter_token_target=config.inter_token_target,
+                step_timeout=config.step_timeout,
             )
         )
 

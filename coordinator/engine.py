@@ -144,8 +144,8 @@ class Engine:
         if overdue is None:
             return
         message = (
-            f"step {overdue.step_id} was not finished after {self._flight.timeout_seconds:g} s; its fate is unknown, so "
-            "its epoch is given up (--step-timeout raises the limit)"
+            f"step {overdue.step_id} was not finished after {self._flight.timeout_seconds:g} s; its fate is "
+            "unknown, so its epoch is given up (--step-timeout raises the limit)"
         )
         logger.error(message)
         self._flight.clear()

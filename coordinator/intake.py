@@ -6,7 +6,7 @@ Runs in a thread: tokenizing a long prompt takes a while. What depends on load i
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from cluster.errors import InvalidRequestError, NotFoundError
 from cluster.model_spec import ModelSpec
@@ -14,6 +14,7 @@ from cluster.request import RequestId, SamplingParams, StopRules, TokenizedReque
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
 from coordinator.defaults import complete_sampling
+from coordinator.stop_strings import validate_stop_strings
 from coordinator.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 256
@@ -89,8 +90,8 @@ class Intake:
         token_ids, text = self._tokenizer.encode_chat(messages, max_tokens=self._max_context)
         return tuple(token_ids), text
 
-    def _check_token_ids(self, token_ids: object) -> None:
-        for token_id in token_ids:  # type: ignore[attr-defined]
+    def _check_token_ids(self, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
             if token_id >= self._spec.vocab_size:
                 raise InvalidRequestError(
                     f"token id {token_id} is outside the vocabulary, which has {self._spec.vocab_size} entries"
@@ -109,6 +110,5 @@ class Intake:
     def _stop(self, stop: generation.StopRules, prompt_length: int) -> StopRules:
         room = max(1, self._max_context - prompt_length)
         max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, room)
-        if any(not text for text in stop.stop_strings):
-            raise InvalidRequestError("a stop string must not be empty")
+        validate_stop_strings(stop.stop_strings)
         return StopRules(max_tokens, tuple(stop.stop_strings), frozenset(stop.stop_token_ids), stop.ignore_eos)

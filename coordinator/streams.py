@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from cluster.wire.generation import finish_reason_to_proto, logprobs_to_proto, sampling_to_proto
-
 from cluster.errors import SpanwiseError
 from cluster.request import FinishReason, TokenizedRequest, TokenLogprobs
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
+from cluster.wire.generation import finish_reason_to_proto, logprobs_to_proto, sampling_to_proto
 from coordinator.detokenizer import Detokenizer
 from coordinator.stop_strings import StopStrings
 from coordinator.tokenizer import Tokenizer
@@ -80,7 +79,7 @@ class RequestStream:
     def echo(self, logprobs: Sequence[TokenLogprobs]) -> None:
         """Send the prompt, with log probabilities if they were asked for."""
         token_ids = self.request.prompt_token_ids
-        text = self._tokenizer.decode(token_ids)
+        text = self._tokenizer.decode(token_ids) if self.request.echo else ""
         self._put(
             prompt_echo=generation.PromptEcho(
                 text=text, token_ids=token_ids, logprobs=[logprobs_to_proto(entry) for entry in logprobs]
