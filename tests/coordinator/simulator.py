@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 
 from cluster.microbatch import Epoch, StageTiming, StepHeader, StepResult
 from cluster.request import RequestId, TokenizedRequest
@@ -36,6 +36,7 @@ class Simulation:
     stages: Sequence[StageSeconds]
     hop_seconds: float = 0.0
     now: float = 0.0
+    peak_in_flight: int = 0
     headers: list[StepHeader] = field(default_factory=list)
     timings: list[tuple[StageTiming, ...]] = field(default_factory=list)  # per step
     emitted: list[tuple[float, events.EmitTokens]] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Simulation:
             self.now, _, event = heapq.heappop(self._queue)
             for instruction in self.scheduler.handle(event, self.now):
                 self._perform(instruction)
+            self.peak_in_flight = max(self.peak_in_flight, self.scheduler.counters().num_steps_in_flight)
         self.scheduler.check_invariants()
 
     def bubble_share(self, start: float, end: float) -> list[float]:
@@ -74,10 +76,10 @@ class Simulation:
             shares.append(1 - busy / (end - start))
         return shares
 
-    def gaps(self, request_id: str) -> list[float]:
+    def gaps(self, request_id: str, after: float = 0.0) -> list[float]:
         """Return the times between one request's tokens."""
-        times = [at for at, tokens in self.emitted if tokens.request_id == request_id]
-        return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        times = [at for at, tokens in self.emitted if tokens.request_id == request_id and at >= after]
+        return [later - earlier for earlier, later in pairwise(times)]
 
     def _perform(self, instruction: Instruction) -> None:
         match instruction:
