@@ -28,7 +28,7 @@ class CheckpointClient:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._channel = channel
-        self._stub = CheckpointServiceStub(channel)  # type: ignore[no-untyped-call]
+        self._stub = CheckpointServiceStub(channel)
 
     def read(self, file: str, start: int, end: int) -> Iterator[bytes]:
         """See CheckpointReader."""

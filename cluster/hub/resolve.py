@@ -69,7 +69,7 @@ def _open(name: str, revision: str, access: HubAccess) -> CheckpointFiles:
             raise ConfigurationError(f"{name} is a folder, which has no revision {revision!r}: omit --revision")
         return open_folder(folder)
     if name.startswith((".", "/", "~")):
-        raise NotFoundError(f"there is no folder {folder}", reason="UNKNOWN_MODEL")
+        raise NotFoundError(f"there is no folder {folder.absolute()}", reason="UNKNOWN_MODEL")
     if is_repo_id(name):
         return open_repository(name, revision, access)
     raise unknown_model(name)

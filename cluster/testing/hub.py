@@ -31,11 +31,11 @@ class HubRequest:
     token: str  # without "Bearer"; empty when none was sent
 
 
-@dataclass(frozen=True, slots=True)
 class _Refusal(Exception):  # noqa: N818 - an answer rather than an error
-    status: int
-    code: str
-    message: str
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Code": code, "X-Error-Message": message}
 
 
 class LocalHub:
@@ -48,7 +48,7 @@ class LocalHub:
         self.private = set(private)
         self.broken_after: dict[str, int] = {}  # file → bytes after which its next transfer breaks off, once
         self.requests: list[HubRequest] = []
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
     def __enter__(self) -> LocalHub:
@@ -113,66 +113,68 @@ class LocalHub:
         return sorted(path for path in (self.root / repo_id).iterdir() if path.is_file())
 
 
-def _handler(hub: LocalHub) -> type[BaseHTTPRequestHandler]:
-    """Return the handler class of a hub: http.server makes one object per connection."""
+class _Server(ThreadingHTTPServer):
+    def __init__(self, hub: LocalHub) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.hub = hub
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        timeout = 10.0
 
-        def do_HEAD(self) -> None:  # noqa: N802
-            self._answer()
+class _Handler(BaseHTTPRequestHandler):
+    """One connection."""
 
-        def do_GET(self) -> None:  # noqa: N802
-            self._answer()
+    protocol_version = "HTTP/1.1"
+    timeout = 10.0
+    server: _Server
 
-        def log_message(self, *_: object) -> None:
-            """Silent: `hub.requests` has it all."""
+    def do_HEAD(self) -> None:
+        self._answer()
 
-        def _answer(self) -> None:
-            path = urlsplit(self.path).path
-            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            hub.requests.append(HubRequest(self.command, path, self._first_byte(), token))
-            try:
-                if match := _API.fullmatch(path):
-                    listing = hub.describe(match["repo"], unquote(match["revision"] or "main"), token)
-                    self._send(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
-                elif match := _FILE.fullmatch(unquote(path)):
-                    self._send_file(match["repo"], hub.find(match["repo"], match["revision"], match["file"], token))
-                else:
-                    raise _Refusal(404, "", f"no such page: {path}")
-            except _Refusal as refusal:
-                headers = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
-                self._send(refusal.status, headers, refusal.message.encode())
+    def do_GET(self) -> None:
+        self._answer()
 
-        def _first_byte(self) -> int:
-            match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            return int(match[1]) if match else 0
+    def log_message(self, *_: object) -> None:
+        """Silent: `hub.requests` has it all."""
 
-        def _send_file(self, repo_id: str, path: Path) -> None:
-            data, first = path.read_bytes(), self._first_byte()
-            headers = {
-                "X-Repo-Commit": hub.commit(repo_id),
-                "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
-                "Accept-Ranges": "bytes",
-            }
-            if first:
-                headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            self._send(206 if first else 200, headers, data[first:], break_after=self._break_after(path.name))
+    def _answer(self) -> None:
+        hub, path = self.server.hub, urlsplit(self.path).path
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        hub.requests.append(HubRequest(self.command, path, self._first_byte(), token))
+        try:
+            if match := _API.fullmatch(path):
+                listing = hub.describe(match["repo"], unquote(match["revision"] or "main"), token)
+                self._send(200, {"Content-Type": "application/json"}, json.dumps(listing).encode())
+            elif match := _FILE.fullmatch(unquote(path)):
+                self._send_file(match["repo"], hub.find(match["repo"], match["revision"], match["file"], token))
+            else:
+                raise _Refusal(404, "", f"no such page: {path}")
+        except _Refusal as refusal:
+            self._send(refusal.status, refusal.headers, str(refusal).encode())
 
-        def _break_after(self, file: str) -> int | None:
-            return hub.broken_after.pop(file, None) if self.command == "GET" else None
+    def _first_byte(self) -> int:
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        return int(match[1]) if match else 0
 
-        def _send(self, status: int, headers: dict[str, str], body: bytes, break_after: int | None = None) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "HEAD":
-                return
-            self.wfile.write(body[:break_after])
-            if break_after is not None:
-                self.close_connection = True
+    def _send_file(self, repo_id: str, path: Path) -> None:
+        data, first = path.read_bytes(), self._first_byte()
+        headers = {
+            "X-Repo-Commit": self.server.hub.commit(repo_id),
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        breaks = self.server.hub.broken_after
+        break_after = breaks.pop(path.name, None) if self.command == "GET" else None
+        self._send(206 if first else 200, headers, data[first:], break_after)
 
-    return Handler
+    def _send(self, status: int, headers: dict[str, str], body: bytes, break_after: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[:break_after])
+        if break_after is not None:
+            self.close_connection = True
