@@ -11,6 +11,7 @@ import tomllib
 import zipfile
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "coordinator", "worker")
 FOLDERS = (*PACKAGES, "proto", "tests", "scripts", "benchmarks", "helm", "deploy", ".ci")
 TEXT_SUFFIXES = {"", ".md", ".proto", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+SHELL = (
+    *("actor", "board", "bring_up", "checkpoint_server", "coordinator", "engine", "intake", "pipeline", "server"),
+    *("stage_link", "streams", "tokenizer"),
+)
+"""Modules of the coordinator that perform: they may know sockets, clocks and tasks."""
 MAX_LINES = 500
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
 
@@ -41,11 +47,15 @@ def modules() -> list[Path]:
     return [path for name in PACKAGES for path in (ROOT / name).rglob("*.py") if not is_generated(path)]
 
 
+def contracts() -> list[dict[str, Any]]:
+    """Return the import contracts."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return list(settings["tool"]["importlinter"]["contracts"])
+
+
 def layers() -> set[str]:
     """Return every module that the layer contract names."""
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    contracts = settings["tool"]["importlinter"]["contracts"]
-    return {name for layer in contracts[0]["layers"] for name in re.split(r"[ |:]+", layer)}
+    return {name for layer in contracts()[0]["layers"] for name in re.split(r"[ |:]+", layer)}
 
 
 def test_no_file_is_long() -> None:
@@ -65,6 +75,13 @@ def test_every_module_has_a_layer() -> None:
     top = {f"cluster.{path.stem}" for path in (ROOT / "cluster").glob("*.py")} - {"cluster.__init__"}
     packages = {f"cluster.{path.parent.name}" for path in (ROOT / "cluster").glob("*/__init__.py")}
     assert top | packages | {"coordinator", "worker"} == layers()
+
+
+def test_every_module_of_the_coordinator_decides_or_performs() -> None:
+    """A new module that decides must be named in the contract that keeps decisions pure."""
+    (deciding,) = (contract["source_modules"] for contract in contracts() if "Decisions" in contract["name"])
+    names = {f"coordinator.{path.stem}" for path in (ROOT / "coordinator").glob("[a-z]*.py")}
+    assert names == set(deciding) | {f"coordinator.{name}" for name in SHELL}
 
 
 def test_no_package_hides_a_python_file_from_the_wheel() -> None:
