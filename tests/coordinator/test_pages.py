@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import InvariantError
@@ -63,6 +63,7 @@ def test_the_check_finds_a_leaked_page() -> None:
         pool.check_invariants([range(0, 1)])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.tuples(st.booleans(), st.integers(1, 12)), max_size=60))
 def test_pages_neither_leak_nor_overlap(num_pages: int, script: list[tuple[bool, int]]) -> None:
     pool = PagePool(num_pages)

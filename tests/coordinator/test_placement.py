@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigurationError
@@ -132,6 +132,7 @@ def test_kv_memory_too_small_for_one_context_is_refused_by_name() -> None:
         place([worker("a", 8 * GIB)], model(4), replace(OPTIONS, kv_memory_bytes=2**20))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 8 * GIB), min_size=1, max_size=6),
     st.lists(st.integers(1, 2**26), min_size=6, max_size=24),
@@ -152,6 +153,7 @@ def test_spans_tile_the_model_and_fit_or_the_placement_is_refused(
         assert plan.weight_bytes + plan.kv_bytes <= plan.worker.free_memory_bytes
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.integers(3, 8))
 def test_a_cut_that_fits_is_found_whenever_there_is_one(quarters: list[int], num_blocks: int) -> None:
     workers = [worker(str(index), count * 2**26) for index, count in enumerate(quarters)]

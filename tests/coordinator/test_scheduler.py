@@ -508,7 +508,7 @@ def test_an_illegal_transition_is_refused_with_the_sequences_story() -> None:
 
 def test_the_check_finds_records_that_disagree() -> None:
     scheduler = opened()
-    (header,) = headers_of(arrive(scheduler, make_request(max_tokens=9)))
+    arrive(scheduler, make_request(max_tokens=9))
     scheduler._running.ready[SequenceId(1)] = scheduler._running.all[SequenceId(1)]
     with pytest.raises(InvariantError, match="prefilling, ready or in flight"):
         scheduler.check_invariants()
