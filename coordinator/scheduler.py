@@ -72,13 +72,8 @@ class Scheduler:
         if record is None:
             raise NotFoundError(f"there is no live request {request_id!r}")
         position = list(self._waiting).index(request_id) if request_id in self._waiting else 0
-        return events.RequestProgress(
-            phase=record.phase,
-            queue_position=position,
-            num_prompt_tokens_done=record.sequences[0].num_prompt_tokens_done,
-            num_prompt_tokens=len(record.prompt_token_ids),
-            step_id=self._steps.oldest_step_of(request_id) if self._steps else None,
-        )
+        step_id = self._steps.oldest_step_of(record) if self._steps else None
+        return record.progress(position, step_id)
 
     def counters(self) -> events.SchedulerCounters:
         """Return what is held at this moment."""
@@ -143,7 +138,7 @@ class Scheduler:
         self._requests[record.request_id] = self._waiting[record.request_id] = record
         yield from self._admit(now)
         if record.request_id in self._waiting:
-            yield events.ReportProgress(record.request_id, self.progress_of(record.request_id))
+            yield events.ReportProgress(record.request_id, record.progress(len(self._waiting) - 1))
 
     def _abort(self, request_id: RequestId, now: float) -> Iterator[Instruction]:
         if record := self._requests.get(request_id):
@@ -228,7 +223,7 @@ class Scheduler:
             record.admitted_at = now
             for sequence in record.sequences:
                 self._move(sequence, SequenceState.RUNNING, now)
-            yield events.ReportProgress(record.request_id, self.progress_of(record.request_id))
+            yield events.ReportProgress(record.request_id, record.progress())
 
     def _has_room(self, request: TokenizedRequest) -> bool:
         num_running = len(self._running.all) + request.num_completions
@@ -248,7 +243,7 @@ class Scheduler:
         self._running.ready[sequence.sequence_id] = sequence
         if record.first_token_at is None:
             record.first_token_at = now
-            yield events.ReportProgress(record.request_id, self.progress_of(record.request_id))
+            yield events.ReportProgress(record.request_id, record.progress())
         logprobs = () if logprob is None else (logprob,)
         yield from self._emit(sequence, (token_id,), logprobs, _finish_reason(sequence), now)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
+from cluster.microbatch import StepId
 from cluster.request import RequestId, SamplingParams, SequenceId, TokenizedRequest, TokenLogprobs
-from coordinator.events import Phase, RequestReport, StageSeconds
+from coordinator.events import Phase, RequestProgress, RequestReport, StageSeconds
 from coordinator.pages import Extent
 
 
@@ -61,6 +62,16 @@ class RequestRecord:
     def is_known_to_stages(self) -> bool:
         """Whether any slice of it has been sent."""
         return any(sequence.num_scheduled for sequence in self.sequences)
+
+    def progress(self, queue_position: int = 0, step_id: StepId | None = None) -> RequestProgress:
+        """Return how far the request is."""
+        return RequestProgress(
+            phase=self.phase,
+            queue_position=queue_position,
+            num_prompt_tokens_done=self.sequences[0].num_prompt_tokens_done,
+            num_prompt_tokens=len(self.prompt_token_ids),
+            step_id=step_id,
+        )
 
     def report(self, now: float) -> RequestReport:
         """Return the account of a request that ends now."""

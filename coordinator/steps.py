@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from cluster.microbatch import Epoch, StageTiming, StepHeader, StepId, StepResult
-from cluster.request import RequestId, SequenceId
+from cluster.request import SequenceId
 from coordinator.admission import Limits
 from coordinator.batching import Microbatch
 from coordinator.depth import NANOSECONDS, PipelineTimes
 from coordinator.pages import num_pages_for
-from coordinator.sequences import RunningSequences
+from coordinator.sequences import RequestRecord, RunningSequences
 from coordinator.story import Story
 
 
@@ -78,10 +78,10 @@ class EpochSteps:
         _share_timings(step.microbatch, result.timings)
         return step.microbatch
 
-    def oldest_step_of(self, request_id: RequestId) -> StepId | None:
+    def oldest_step_of(self, record: RequestRecord) -> StepId | None:
         """Return the oldest step in flight with a slice of this request."""
         for step in self.in_flight:
-            if any(sequence.owner.request_id == request_id for sequence in step.microbatch.sequences):
+            if any(sequence.owner is record for sequence in step.microbatch.sequences):
                 return step.header.step_id
         return None
 
