@@ -51,6 +51,8 @@ _ERROR_OF: dict[grpc.StatusCode, type[SpanwiseError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
     grpc.StatusCode.UNIMPLEMENTED: errors.IncompatibleVersionError,
     grpc.StatusCode.INTERNAL: errors.InvariantError,
+    # Never sent by us, but by a foreign server, a proxy or gRPC itself:
+    grpc.StatusCode.OK: errors.InvariantError,
     grpc.StatusCode.UNKNOWN: errors.InvariantError,
     grpc.StatusCode.DATA_LOSS: errors.InvariantError,
 }
@@ -65,6 +67,8 @@ def error_of(code: grpc.StatusCode, details: str, reason: str | None = None) -> 
     """Return the error that a status tells."""
     if reason == errors.ConfigurationError.default_reason:
         return errors.ConfigurationError(details)
+    if reason is None and code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return errors.InvalidRequestError(f"the message is too large: {details}", reason="MESSAGE_TOO_LARGE")
     return _ERROR_OF[code](details, reason=reason)
 
 
@@ -87,9 +91,11 @@ def as_spanwise_error(error: BaseException) -> SpanwiseError:
 
 
 async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BaseException) -> NoReturn:
-    """End a call with the error's status. Cancellation passes through."""
-    if isinstance(error, asyncio.CancelledError):
+    """End a call with the error's status. Cancellation and an abort that is under way pass through."""
+    if isinstance(error, (asyncio.CancelledError, grpc.aio.AbortError)):
         raise error
     known = as_spanwise_error(error)
-    await context.abort(status_of(known), known.message, ((REASON_KEY, known.reason),))
+    is_configuration = isinstance(known, errors.ConfigurationError)  # its reason tells it from NotReadyError
+    reason = known.default_reason if is_configuration else known.reason
+    await context.abort(status_of(known), known.message, ((REASON_KEY, reason),))
     raise AssertionError("abort returned")

@@ -17,7 +17,7 @@ from cluster.errors import InvalidRequestError
 from cluster.rpc.v1 import stage_pb2 as pb
 
 PIECE_BYTES = 1024**2
-MAX_TENSOR_BYTES = 1 << 34
+MAX_PAYLOAD_BYTES = 1 << 34
 """No payload comes near 16 GiB; a larger claim is a broken message."""
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +45,8 @@ class PayloadAssembler:
         names = [spec.name for spec in specs]
         if len(set(names)) < len(names):
             raise InvalidRequestError(f"two tensors of a step have one name: {names}")
+        if sum(map(_num_bytes, specs)) > MAX_PAYLOAD_BYTES:
+            raise InvalidRequestError(f"tensors {', '.join(names)} are larger than any payload")
         self._tensors = {spec.name: _new_tensor(spec) for spec in specs}
         self._views = [_bytes_of(tensor) for tensor in self._tensors.values()]
         self._missing = sum(map(len, self._views))
@@ -90,10 +92,16 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
+def _num_bytes(spec: pb.TensorSpec) -> int:
+    return math.prod(spec.shape) * _dtype(spec).itemsize
+
+
 def _new_tensor(spec: pb.TensorSpec) -> Tensor:
+    return torch.empty(tuple(spec.shape), dtype=_dtype(spec))
+
+
+def _dtype(spec: pb.TensorSpec) -> torch.dtype:
     dtype = _DTYPES.get(spec.dtype)
     if dtype is None:
         raise InvalidRequestError(f"tensor {spec.name!r} has dtype {spec.dtype!r}; known are {', '.join(_DTYPES)}")
-    if math.prod(spec.shape) * dtype.itemsize > MAX_TENSOR_BYTES:
-        raise InvalidRequestError(f"tensor {spec.name!r} of shape {list(spec.shape)} is larger than any payload")
-    return torch.empty(tuple(spec.shape), dtype=dtype)
+    return dtype
