@@ -1,12 +1,11 @@
 """How deep to fill the pipeline: measured step times, and what follows from them.
 
-Three questions are answered from one model of the pipeline, seconds by step size, measured per stage:
+Two questions are answered from one model of the pipeline, seconds by step size, measured per stage:
 
-* how many steps to have in flight (`depth`): the least that keeps the slowest stage busy, that is at least
+* how many steps to have in flight (`depth`): enough that the slowest stage is busy, that is at least
   (sum of stage times + hops) / slowest stage time. It may exceed the number of stages (hops count), and it falls to 1
-  where splitting gains nothing (a stage that reads its blocks from disk takes as long for 1 token as for 16);
-* how large a step may be while others decode (`largest_step`);
-* how long one traversal takes.
+  where splitting costs more than it gains (a stage that reads its blocks from disk is as slow for 1 token as for 16);
+* how large a step may be while others decode (`largest_step`).
 
 Covers arithmetic on numbers handed in; reads no clock.
 """
@@ -15,38 +14,48 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 from cluster.microbatch import StageTiming
 
 NANOSECONDS = 1e-9
 EWMA_WEIGHT = 0.2  # of a new measurement: five steps to forget most of an old load
-TOLERANCE = 0.02  # a deeper pipeline must promise more than this
+TOLERANCE = 0.02  # another depth than one step per stage must promise more than this
+MEMORY_STEPS = 500  # a size not seen for so long is as good as unmeasured: a bad moment must not stick for ever
 MAX_DEPTH_PER_STAGE = 4  # bounds what a lost epoch throws away and what the relays must buffer
 
 
 class StepCurve:
     """Seconds by number of tokens: a moving average per power of two, linear in between and beyond.
 
-    Beyond what has been measured the nearest piece goes on, as long as more tokens take no less time and less than
-    proportionally more. A single measurement is taken as proportional.
+    More tokens take no less time: a small step that happened to be slow counts as no slower than a larger one. Beyond
+    what has been measured the nearest piece goes on, never to more than proportionally more. A single measurement is
+    taken as proportional.
     """
 
     def __init__(self) -> None:
-        self._points: dict[int, tuple[float, float]] = {}  # power of two → (tokens, seconds), both averages
+        self._num_observed = 0
+        # power of two → (average tokens, average seconds, when it was last observed)
+        self._points: dict[int, tuple[float, float, int]] = {}
         self._tokens: list[float] = []
         self._seconds: list[float] = []
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Account for one measured step."""
         bucket = num_tokens.bit_length()
-        tokens, average = self._points.get(bucket, (num_tokens, seconds))
+        tokens, average, _ = self._points.get(bucket, (num_tokens, seconds, 0))
+        self._num_observed += 1
         self._points[bucket] = (
             tokens + EWMA_WEIGHT * (num_tokens - tokens),
             average + EWMA_WEIGHT * (seconds - average),
+            self._num_observed,
         )
-        points = [self._points[bucket] for bucket in sorted(self._points)]
-        self._tokens = [tokens for tokens, _ in points]
-        self._seconds = [seconds for _, seconds in points]
+        oldest = self._num_observed - MEMORY_STEPS
+        self._points = {bucket: point for bucket, point in self._points.items() if point[2] > oldest}
+        points = sorted(self._points.values())
+        self._tokens = [tokens for tokens, _, _ in points]
+        falling = accumulate((seconds for _, seconds, _ in reversed(points)), min)
+        self._seconds = list(falling)[::-1]
 
     def seconds(self, num_tokens: float) -> float:
         """Return the expected seconds; 0 before anything was measured."""
@@ -92,7 +101,8 @@ class PipelineTimes:
     def depth(self, num_active_tokens: int, max_step_tokens: int) -> int:
         """Return how many steps should be in flight for so many tokens to compute: decodes and prompt tokens.
 
-        The least depth within TOLERANCE of the best rate; one step per stage while nothing has been measured.
+        Of the depths within TOLERANCE of the best rate the one closest to one step per stage, which is also the answer
+        while nothing has been measured.
         """
         if not self.is_measured:
             return self.num_stages
@@ -101,7 +111,8 @@ class PipelineTimes:
             num_tokens = min(max_step_tokens, num_active_tokens / depth)
             rates.append(num_tokens * depth / self.round_seconds(depth, num_tokens))
         good_enough = max(rates, default=0.0) * (1 - TOLERANCE)
-        return next((depth for depth, rate in enumerate(rates, 1) if rate >= good_enough), 1)
+        good = [depth for depth, rate in enumerate(rates, 1) if rate >= good_enough]
+        return min(good, key=lambda depth: abs(depth - self.num_stages), default=1)
 
     def largest_step(self, depth: int, num_decodes: int, target_seconds: float, max_step_tokens: int) -> int:
         """Return how many tokens a step with `num_decodes` may have for decoding sequences to wait at most

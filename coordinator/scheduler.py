@@ -284,8 +284,8 @@ class Scheduler:
         collected = tuple(record.prompt_logprobs)
         if len(collected) != len(record.prompt_token_ids):
             raise self._story.error(
-                f"request {record.request_id!r} asked for log probabilities of its {len(record.prompt_token_ids)} prompt "
-                f"tokens; those of {len(collected)} came"
+                f"request {record.request_id!r} asked for log probabilities of its {len(record.prompt_token_ids)} "
+                f"prompt tokens; those of {len(collected)} came"
             )
         return events.EmitPromptLogprobs(record.request_id, collected)
 

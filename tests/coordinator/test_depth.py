@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.microbatch import StageTiming
-from coordinator.depth import MAX_DEPTH_PER_STAGE, PipelineTimes, StepCurve
+from coordinator.depth import MAX_DEPTH_PER_STAGE, MEMORY_STEPS, PipelineTimes, StepCurve
 from tests.coordinator.simulator import StageSeconds, linear
 
 
@@ -33,13 +33,30 @@ def test_between_measurements_seconds_are_linear_and_beyond_them_the_line_goes_o
     assert [curve.seconds(tokens) for tokens in (2, 4, 8, 16, 32)] == [2.5, 3.0, 4.0, 6.0, 10.0]
 
 
-def test_beyond_measurements_more_tokens_take_no_less_time_and_no_more_than_proportionally() -> None:
-    falling, steep = StepCurve(), StepCurve()
-    for tokens, fall, rise in ((4, 3.0, 1.0), (8, 2.0, 9.0)):
-        falling.observe(tokens, fall)
-        steep.observe(tokens, rise)
-    assert (falling.seconds(1), falling.seconds(80)) == (3.0, 2.0)
-    assert (steep.seconds(1), steep.seconds(16)) == (0.25, 18.0)
+def test_beyond_measurements_more_tokens_take_no_more_than_proportionally_more() -> None:
+    curve = StepCurve()
+    curve.observe(4, 1.0)
+    curve.observe(8, 9.0)
+    assert (curve.seconds(1), curve.seconds(16)) == (0.25, 18.0)
+
+
+def test_a_small_step_that_happened_to_be_slow_counts_as_no_slower_than_a_larger_one() -> None:
+    curve = StepCurve()
+    curve.observe(8, 9.0)
+    curve.observe(16, 2.0)
+    assert curve.seconds(8) == 2.0
+    times = PipelineTimes(2)
+    for size, seconds in ((8, 9.0), (16, 2.0)):
+        times.observe(size, [StageTiming(stage, 0, 0, round(seconds * 1e9)) for stage in (0, 1)], 2 * seconds)
+    assert times.depth(16, 512) == 2
+
+
+def test_a_size_not_seen_for_long_is_forgotten() -> None:
+    curve = StepCurve()
+    curve.observe(1, 2.0)
+    for _ in range(MEMORY_STEPS):
+        curve.observe(16, 2.0)
+    assert curve.seconds(8) == pytest.approx(1.0)
 
 
 def test_old_measurements_fade() -> None:
@@ -62,16 +79,15 @@ def test_before_any_measurement_there_is_one_step_per_stage_as_large_as_may_be()
         ([1.0], 0.0, 1),
         ([1.0, 1.0], 0.0, 2),
         ([1.0, 1.0, 1.0, 1.0], 0.0, 4),
-        ([1.0, 0.5, 0.5], 0.0, 2),
+        ([1.0, 0.5, 0.5], 0.0, 3),
         ([1.0, 0.2], 0.0, 2),
         ([1.0, 1.0], 1.0, 3),
         ([1.0, 1.0], 2.5, 5),
     ],
 )
-def test_depth_is_the_least_that_keeps_the_slowest_stage_busy(
-    stages: list[float], hop_seconds: float, depth: int
-) -> None:
-    """Steps of 64 tokens, whatever the depth: (sum of stage times + hops) / slowest stage time, rounded up."""
+def test_depth_keeps_the_slowest_stage_busy(stages: list[float], hop_seconds: float, depth: int) -> None:
+    """Steps of 64 tokens, whatever the depth: (sum of stage times + hops) / slowest stage time, rounded up, and one
+    step per stage where that is more."""
     times = measured(*(linear(0.0, value / 64) for value in stages), hop_seconds=hop_seconds, sizes=(64,))
     assert times.depth(10**6, 64) == depth
 

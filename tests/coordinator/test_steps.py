@@ -114,6 +114,22 @@ def test_a_stage_whose_time_does_not_depend_on_tokens_sees_one_group() -> None:
     assert len(simulation.headers) < 30
 
 
+def test_noisy_stages_with_a_slow_start_still_settle() -> None:
+    """The first steps of a process are slow ones; times vary by a fifth afterwards."""
+    draw = random.Random(11)
+    num_slow = iter(range(8))
+
+    def noisy(num_tokens: int) -> float:
+        return (0.004 + 0.001 * num_tokens) * draw.uniform(0.9, 1.1) * (10 if next(num_slow, None) is not None else 1)
+
+    simulation = simulate(noisy, noisy, hop_seconds=0.0002)
+    streams(simulation, 16, prompt=16, max_tokens=200, every=0.01)
+    simulation.run()
+    sizes = [num_decodes(header) for header in simulation.headers[100:300]]
+    assert sizes.count(8) > 0.8 * len(sizes)
+    assert max(simulation.bubble_share(0.3 * simulation.now, 0.9 * simulation.now)) < 0.1
+
+
 def test_streams_that_arrive_one_by_one_join_running_groups() -> None:
     simulation = simulate(linear(0.004, 0.001), linear(0.004, 0.001), hop_seconds=0.0002)
     streams(simulation, 8, prompt=10, max_tokens=50, every=0.02)
