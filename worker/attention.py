@@ -1,23 +1,61 @@
 """Attention of a step's packed tokens over the paged cache.
 
-Covers causal attention with grouped heads, sliding windows and ALiBi. Keys and values are read in place: a tile of
-queries is multiplied with each contiguous run of slots, and the scores meet in one softmax. Rotary embeddings and
-projections belong to the block definitions.
+Covers causal attention with grouped heads, sliding windows and ALiBi; keys and values are read in place. Rotary
+embeddings and projections belong to the block definitions.
+
+Two ways to the same numbers. torch's fused attention takes one contiguous run of slots. The paged way takes any runs,
+and gives a token the same bits whatever is computed with it and however its sequence was cut: a greatest score does
+not depend on order, and everything that does is summed per TILE of positions, tile after tile in the order
+of positions. A tile that a token cannot see adds an exact zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache as memoize
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.kv_cache import AttentionLayout, KVCache, SliceLayout
+from cluster.errors import ConfigurationError
+from worker.kv_cache import TILE, AttentionLayout, KVCache, SliceLayout, SlotRun
 
-MAX_SCORES = 1 << 20  # per tile of queries: bounds the memory of scores and biases
-RUN_TILE = 512  # slots multiplied at a time when keys must be upcast
-EXACT_ROWS, EXACT_SLOTS = 16, 64  # exact products: a multiple of these rows by these slots
+MAX_SCORES = 1 << 20  # per tile of queries: bounds the memory of scores and masks
+UPCAST_SLOTS = 512  # keys upcast at a time
+SERIAL_ELEMENTS = 16384  # below what torch splits among threads, whose shares end in differently rounding scalar code
+
+
+@dataclass(frozen=True, slots=True)
+class _Rules:
+    """What attention does to scores, in one block."""
+
+    scale: float
+    window: int | None
+    alibi_slopes: Tensor | None
+
+    def first_visible(self, position: int) -> int:
+        """Return the first position that a token at `position` sees."""
+        return 0 if self.window is None else max(0, position - self.window + 1)
+
+    def is_plain_decode(self, num_queries: int) -> bool:
+        """Tell whether there is one token, which sees all of its keys alike."""
+        return num_queries == 1 and self.alibi_slopes is None
+
+    def bias(self, queries: range, keys: range, num_kv_heads: int, like: Tensor) -> Tensor:
+        """Return what is added to scores: `[num_kv_heads or 1, group or 1, num_queries, num_keys]`."""
+        distance = torch.arange(keys.start, keys.stop, device=like.device) - torch.arange(
+            queries.start, queries.stop, device=like.device
+        ).unsqueeze(1)
+        hidden = distance > 0
+        if self.window is not None:
+            hidden |= distance <= -self.window
+        slopes = like.new_zeros(1, 1, 1, 1)
+        if self.alibi_slopes is not None:
+            slopes = self.alibi_slopes.to(like).view(num_kv_heads, -1, 1, 1)
+        return (slopes * distance).masked_fill_(hidden, -torch.inf)
 
 
 def attend(
@@ -37,101 +75,115 @@ def attend(
 
     `query` is `[num_heads, num_tokens, head_dim]`, `key` and `value` `[num_kv_heads, num_tokens, head_dim]`; `block`
     counts from the span's start. A token at position p sees positions `(p - window, p]`. ALiBi adds
-    `slope * key position` to a head's scores. With `is_exact` a token's bits depend on its own sequence alone.
+    `slope * (key position - p)` to a head's scores. With `is_exact` a token's bits depend on its own sequence alone.
     """
-    cache.write(block, layout.slots, key, value)
+    cache.write(block, layout, key, value)
     out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-    attention = _exact_tile if is_exact else _tile
+    rules = _Rules(scale, window, alibi_slopes)
     for slice_ in layout.slices:
-        for start, stop in _query_tiles(slice_, query.shape[0]):
-            rows = slice(slice_.start_row + start, slice_.start_row + stop)
-            first = slice_.start_position + start
-            low = 0 if window is None else max(0, first - window + 1)
-            mask = _Mask(range(first, first + stop - start), low, window, alibi_slopes)
-            grouped = query[:, rows].view(key.shape[0], -1, stop - start, query.shape[2]) * scale
-            out[rows] = attention(grouped, cache.keys[block], cache.values[block], slice_, mask).permute(1, 0, 2)
+        for queries in _query_tiles(slice_, query.shape[0]):
+            start = slice_.start_row + queries.start - slice_.start_position
+            rows = slice(start, start + len(queries))
+            grouped = query[:, rows].view(key.shape[0], -1, len(queries), query.shape[2])
+            runs = tuple(slice_.runs_between(rules.first_visible(queries.start), queries.stop))
+            if is_exact or len(runs) > 1 or cache.dtype != query.dtype:
+                part = _paged(grouped, cache, block, slice_, queries, rules)
+            else:
+                part = _fused(grouped, cache, block, runs[0], queries, rules)
+            out[rows] = part.reshape(query.shape[0], len(queries), -1).transpose(0, 1)
     return out
 
 
-def _query_tiles(slice_: SliceLayout, num_heads: int) -> Iterator[tuple[int, int]]:
-    """Cut a slice's rows so that a tile's scores stay below MAX_SCORES."""
+def _query_tiles(slice_: SliceLayout, num_heads: int) -> Iterator[range]:
+    """Cut a slice's positions so that a tile's scores stay below MAX_SCORES."""
     size = max(1, MAX_SCORES // (num_heads * slice_.context_length))
-    for start in range(0, slice_.num_tokens, size):
-        yield start, min(start + size, slice_.num_tokens)
+    for start in range(slice_.start_position, slice_.context_length, size):
+        yield range(start, min(start + size, slice_.context_length))
 
 
-class _Mask:
-    """What a tile of queries at `positions` may see, of the keys from position `low` on."""
-
-    def __init__(self, positions: range, low: int, window: int | None, slopes: Tensor | None) -> None:
-        self.positions, self.low, self.window, self.slopes = positions, low, window, slopes
-
-    def apply(self, scores: Tensor, low: int) -> Tensor:
-        """Bias and mask scores `[num_kv_heads, group, num_queries, num_keys]` of keys at `low, …`, in place."""
-        high = low + scores.shape[-1]
-        queries = torch.arange(self.positions.start, self.positions.stop, device=scores.device)[:, None]
-        keys = torch.arange(low, high, device=scores.device)
-        if self.slopes is not None:
-            distance = (keys - queries).to(scores.dtype)
-            scores += self.slopes.to(scores).view(*scores.shape[:2], 1, 1) * distance
-        if high - 1 > self.positions.start:
-            scores.masked_fill_(keys > queries, -torch.inf)
-        if self.window is not None and low <= self.positions.stop - 1 - self.window:
-            scores.masked_fill_(keys <= queries - self.window, -torch.inf)
-        return scores
-
-
-def _tile(query: Tensor, keys: Tensor, values: Tensor, slice_: SliceLayout, mask: _Mask) -> Tensor:
-    """Attend with `[num_kv_heads, group, num_queries, head_dim]`; return `[num_heads, num_queries, head_dim]`."""
+def _fused(query: Tensor, cache: KVCache, block: int, run: SlotRun, queries: range, rules: _Rules) -> Tensor:
+    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to one run that ends at the last query."""
+    keys, values = (stored[block][:, run[0] : run[1]] for stored in (cache.keys, cache.values))
     kv_heads, group, num_queries, head_dim = query.shape
-    rows = query.reshape(kv_heads, group * num_queries, head_dim).float()
-    is_upcast = keys.dtype != rows.dtype
-    runs = [
-        (start, min(start + RUN_TILE, stop) if is_upcast else stop)
-        for first, stop in slice_.runs_between(mask.low, mask.positions.stop)
-        for start in (range(first, stop, RUN_TILE) if is_upcast else (first,))
-    ]
-    scores = torch.cat([rows @ keys[:, a:b].to(rows.dtype).mT for a, b in runs], dim=-1)
-    mask.apply(scores.view(kv_heads, group, num_queries, -1), mask.low)
-    weights = torch.softmax(scores, dim=-1)
-    parts = torch.split(weights, [b - a for a, b in runs], dim=-1)
-    out = torch.zeros_like(rows)
-    for (a, b), part in zip(runs, parts, strict=True):
-        out.baddbmm_(part, values[:, a:b].to(rows.dtype))
-    return out.view(kv_heads * group, num_queries, head_dim).to(query.dtype)
+    mask = None
+    if not rules.is_plain_decode(num_queries):
+        positions = range(queries.stop - (run[1] - run[0]), queries.stop)
+        bias = rules.bias(queries, positions, kv_heads, query)
+        mask = bias.expand(kv_heads, group, -1, -1).reshape(1, kv_heads, group * num_queries, -1)
+    rows = query.reshape(1, kv_heads, group * num_queries, head_dim)
+    return functional.scaled_dot_product_attention(rows, keys[None], values[None], attn_mask=mask, scale=rules.scale)
 
 
-def _exact_tile(query: Tensor, keys: Tensor, values: Tensor, slice_: SliceLayout, mask: _Mask) -> Tensor:
-    """As `_tile`, in products of one shape that meet in the order of positions.
-
-    The greatest score does not depend on order; sums do, so each tile of slots is summed alone and the tiles are added
-    one after another. Tiles that a query cannot see add exact zeros.
-    """
+def _paged(query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, queries: range, rules: _Rules) -> Tensor:
+    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to any runs, in whole tiles of positions."""
     kv_heads, group, num_queries, head_dim = query.shape
     num_rows = group * num_queries
-    rows = query.reshape(kv_heads, num_rows, head_dim).float()
-    rows = functional.pad(rows, (0, 0, 0, -num_rows % EXACT_ROWS))
-    starts = range(mask.low // EXACT_SLOTS * EXACT_SLOTS, mask.positions.stop, EXACT_SLOTS)
-    scores = rows.new_empty(len(starts), *rows.shape[:2], EXACT_SLOTS)
-    for index, start in enumerate(starts):
-        torch.bmm(rows, _slot_tile(keys, slice_, start, mask.positions.stop).mT, out=scores[index])
-        visible = scores[index, :, :num_rows].view(kv_heads, group, num_queries, EXACT_SLOTS)
-        mask.apply(visible, start)
-    weights = (scores - scores.amax(dim=(0, 3), keepdim=True)).exp_()
-    out, total = torch.zeros_like(rows), torch.zeros_like(rows[..., :1])
-    for index, start in enumerate(starts):
-        out.baddbmm_(weights[index], _slot_tile(values, slice_, start, mask.positions.stop))
-        total += weights[index].sum(dim=-1, keepdim=True)
-    return (out / total)[:, :num_rows].reshape(kv_heads * group, num_queries, head_dim).to(query.dtype)
+    rows = query.reshape(kv_heads, num_rows, head_dim).float() * rules.scale
+    rows = functional.pad(rows, (0, 0, 0, -num_rows % row_multiple(kv_heads, head_dim, torch.get_num_threads())))
+    first = rules.first_visible(queries.start) // TILE * TILE
+    runs = tuple(slice_.runs_between(first, -(-queries.stop // TILE) * TILE))
+    scores = _scores(rows, cache.keys[block], runs)
+    if rules.is_plain_decode(num_queries):
+        scores[..., : rules.first_visible(queries.start) - first] = -torch.inf
+        scores[..., queries.stop - first :] = -torch.inf
+    else:
+        visible = scores[:, :num_rows].view(kv_heads, group, num_queries, -1)
+        visible += rules.bias(queries, range(first, first + scores.shape[2]), kv_heads, scores)
+    weights, total = _weights(scores)
+    out = torch.zeros_like(rows)
+    slots = [slot for run in runs for slot in range(run[0], run[1], TILE)]
+    for slot, part in zip(slots, torch.split(weights, TILE, dim=2), strict=True):
+        out.baddbmm_(part, cache.values[block][:, slot : slot + TILE].float())
+    return (out / total)[:, :num_rows].to(query.dtype)
 
 
-def _slot_tile(stored: Tensor, slice_: SliceLayout, start: int, stop: int) -> Tensor:
-    """Return `[num_kv_heads, EXACT_SLOTS, head_dim]` of positions `start, …` in fp32, zeros from `stop` on.
+def _scores(rows: Tensor, keys: Tensor, runs: Iterable[SlotRun]) -> Tensor:
+    """Return `[num_kv_heads, num_rows, num_slots]`, from keys as they lie or upcast some at a time."""
+    step = keys.shape[1] if keys.dtype == rows.dtype else UPCAST_SLOTS
+    pieces = [(slot, min(slot + step, run[1])) for run in runs for slot in range(run[0], run[1], step)]
+    parts = [torch.bmm(rows, keys[:, first:stop].float().mT) for first, stop in pieces]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
-    A view where one run holds the whole tile. What unwritten slots hold must not reach a product: 0 * NaN is NaN.
+
+def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace scores by their exponentials; return these and each row's sum, in the order of positions."""
+    scores -= scores.amax(dim=2, keepdim=True)
+    for piece in torch.split(scores.view(-1), SERIAL_ELEMENTS):
+        piece.exp_()
+    sums = scores.view(*scores.shape[:2], -1, TILE).sum(dim=3)
+    return scores, sums.cumsum(dim=2)[..., -1:]
+
+
+@memoize
+def row_multiple(num_kv_heads: int, head_dim: int, num_threads: int) -> int:
+    """Return the least multiple of rows at which this machine's products give a row the same bits in any company.
+
+    Raises ConfigurationError where 16 rows are not enough. `num_threads` is torch's present number of threads.
     """
-    runs = list(slice_.runs_between(start, min(start + EXACT_SLOTS, stop)))
-    if len(runs) == 1 and runs[0][1] - runs[0][0] == EXACT_SLOTS:
-        return stored[:, runs[0][0] : runs[0][1]].float()
-    parts = torch.cat([stored[:, first:last] for first, last in runs], dim=1).float()
-    return functional.pad(parts, (0, 0, 0, EXACT_SLOTS - parts.shape[1]))
+    for multiple in (4, 8, 16):
+        if _is_even(multiple, num_kv_heads, head_dim):
+            return multiple
+    raise ConfigurationError(
+        f"this machine's products of {num_kv_heads} heads of {head_dim} round a row differently in other company "
+        f"(with {num_threads} threads): attention over scattered pages is not possible here"
+    )
+
+
+def _is_even(multiple: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Compare products of few and of many rows, and of one tile and of several, as `_paged` makes them."""
+    query = _waves(num_kv_heads, 128, head_dim)
+    keys, weights = _waves(num_kv_heads, 8 * TILE, head_dim), _waves(num_kv_heads, 128, TILE)
+    scores, out = query @ keys.mT, _waves(num_kv_heads, 128, head_dim)
+    sums = out.baddbmm(weights, keys[:, :TILE])
+    for stop in (multiple, 2 * multiple, 3 * multiple, 64):
+        few, part = query[:, :stop].clone(), weights[:, :stop].clone()
+        if not torch.equal(few @ keys[:, TILE : 2 * TILE].mT, scores[:, :stop, TILE : 2 * TILE]):
+            return False
+        if not torch.equal(out[:, :stop].clone().baddbmm_(part, keys[:, :TILE]), sums[:, :stop]):
+            return False
+    return True
+
+
+def _waves(*shape: int) -> Tensor:
+    """Return numbers without a pattern that rounding could hide behind."""
+    return torch.arange(math.prod(shape), dtype=torch.float64).square().sin().float().view(shape)

@@ -16,9 +16,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from cluster.errors import InvariantError, StalePlacementError
+from cluster.errors import ConfigurationError, InvariantError, StalePlacementError
 from cluster.microbatch import PageDelta, StepHeader
 from cluster.request import SequenceId
+
+TILE = 64  # slots that attention takes at a time; a page holds whole tiles
 
 SlotRun = tuple[int, int]
 """Adjacent token slots `[first, stop)`."""
@@ -29,7 +31,7 @@ class SliceLayout:
     """Where one slice's rows stand and where its sequence's keys are.
 
     Its tokens are rows `[start_row, stop_row)` of the step and stand at positions `start_position, …`;
-    `runs` hold positions `0 … context_length - 1`, in order.
+    `runs` hold positions `0 … context_length - 1`, in order, and the rest of the last tile.
     """
 
     start_row: int
@@ -58,10 +60,15 @@ class SliceLayout:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLayout:
-    """A step's slices and the slots `[num_tokens]` (int64) that its tokens' keys and values go to."""
+    """A step's slices and the slots `[num_tokens]` (int64) that its tokens' keys and values go to.
+
+    `tails` are the rests of tiles that the step begins without filling them. They are cleared: attention multiplies
+    whole tiles, and whatever another sequence left there must not reach a product (0 * NaN is NaN).
+    """
 
     slots: Tensor
     slices: tuple[SliceLayout, ...]
+    tails: tuple[SlotRun, ...]
 
 
 class KVCache:
@@ -76,7 +83,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        if page_size % TILE:
+            raise ConfigurationError(f"a page must hold a multiple of {TILE} token slots, not {page_size}")
         self.num_pages, self.page_size = num_pages, page_size
+        self.dtype = dtype
         self.device = torch.device(device)
         shapes = [(h, num_pages * page_size, d) for h, d in zip(num_kv_heads, head_dim, strict=True)]
         self.keys = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
@@ -117,12 +127,15 @@ class KVCache:
             for first, stop in slice_.runs_between(slice_.start_position, slice_.context_length)
             for slot in range(first, stop)
         ]
-        return AttentionLayout(torch.tensor(slots, dtype=torch.int64, device=self.device), slices)
+        tails = tuple(tail for slice_ in slices for tail in _tails(slice_))
+        return AttentionLayout(torch.tensor(slots, dtype=torch.int64, device=self.device), slices, tails)
 
-    def write(self, block: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
-        """Store `[num_kv_heads, num_tokens, head_dim]` keys and values at `slots`, in the cache's dtype."""
-        self.keys[block].index_copy_(1, slots, key.to(self.keys[block].dtype))
-        self.values[block].index_copy_(1, slots, value.to(self.values[block].dtype))
+    def write(self, block: int, layout: AttentionLayout, key: Tensor, value: Tensor) -> None:
+        """Store a step's keys and values, `[num_kv_heads, num_tokens, head_dim]`, in the cache's dtype."""
+        for stored, new in ((self.keys[block], key), (self.values[block], value)):
+            for first, stop in layout.tails:
+                stored[:, first:stop].zero_()
+            stored.index_copy_(1, layout.slots, new.to(stored.dtype))
 
     def _append_pages(self, delta: PageDelta) -> None:
         table = self._page_tables.setdefault(delta.sequence_id, [])
@@ -140,7 +153,7 @@ class KVCache:
         table.extend(delta.page_ids)
 
     def _runs(self, sequence_id: SequenceId, num_tokens: int) -> tuple[SlotRun, ...]:
-        """Merge the pages that hold a sequence's first `num_tokens` tokens."""
+        """Merge the pages that hold a sequence's first `num_tokens` tokens, up to a whole tile."""
         table = self._page_tables.get(sequence_id)
         if table is None:
             raise StalePlacementError(
@@ -152,11 +165,23 @@ class KVCache:
                 f"{self.page_size}: coordinator and stage disagree; please report"
             )
         runs: list[SlotRun] = []
-        for index in range(-(-num_tokens // self.page_size)):
+        num_slots = _round_up(num_tokens, TILE)
+        for index in range(_round_up(num_slots, self.page_size) // self.page_size):
             first = table[index] * self.page_size
-            stop = first + min(self.page_size, num_tokens - index * self.page_size)
+            stop = first + min(self.page_size, num_slots - index * self.page_size)
             if runs and runs[-1][1] == first:
                 runs[-1] = (runs[-1][0], stop)
             else:
                 runs.append((first, stop))
         return tuple(runs)
+
+
+def _tails(slice_: SliceLayout) -> Iterator[SlotRun]:
+    """Yield the rest of the slice's last tile if the slice begins that tile."""
+    stop = _round_up(slice_.context_length, TILE)
+    if slice_.start_position <= stop - TILE:
+        yield from slice_.runs_between(slice_.context_length, stop)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
