@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import ray
@@ -35,6 +35,7 @@ from coordinator.actor import CoordinatorActor
 from coordinator.coordinator import CoordinatorOrder
 from worker.actor import WorkerActor, WorkerOrder
 
+Facts = TypeVar("Facts")
 StatusListener = Callable[[service.DescribeClusterResponse], None]
 
 NAMESPACE = "spanwise"
@@ -42,6 +43,7 @@ OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's minimum is 75 MiB; no tensor passes t
 POLL_SECONDS = 0.5
 RESERVE_SECONDS = 60.0
 ACTOR_START_SECONDS = 180.0
+INSPECT_SECONDS = 60.0
 FAREWELL_SECONDS = 2.0
 SHUTDOWN_SECONDS = 4.0
 
@@ -77,10 +79,34 @@ def run(
     spec = resolve(config.model, revision=config.revision, token=find_token())
     with _signals_set(stop), ExitStack() as stack:
         stack.enter_context(_ray_session(config, on_note))
+        stack.enter_context(_signals_set(stop))  # again: ray.init has put its own handler in place
         if stop.is_set():
             return 130
         deployment = stack.enter_context(_deployment(config, spec))
         return _supervise(deployment, on_status, stop)
+
+
+def inspect_nodes(
+    config: ServeConfig, inspect: Callable[[], Facts], *, on_note: Callable[[str], None]
+) -> dict[str, Facts | str]:
+    """Run `inspect` on every node of the Ray cluster; return by node name what it found, or why it could not run."""
+    with _ray_session(config, on_note):
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        remote = ray.remote(inspect)
+        calls = {
+            f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": remote.options(
+                num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            ).remote()
+            for node in nodes
+        }
+        return {name: _outcome(call) for name, call in calls.items()}
+
+
+def _outcome(call: Any) -> Any:
+    try:
+        return _get(call, INSPECT_SECONDS)
+    except (SpanwiseError, ray.exceptions.RayError) as error:
+        return str(error)
 
 
 def check_port(host: str, port: int) -> None:
@@ -362,6 +388,3 @@ def _signals_set(stop: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-__all__ = ["StatusListener", "check_port", "run"]

@@ -6,11 +6,11 @@ import asyncio
 import socket
 
 import ray
-from cluster.logs import configure_logging
-from cluster.wire.tls import SigningRequest
 
 from cluster.clock import SystemClock
+from cluster.logs import configure_logging
 from cluster.placement import NodeFacts
+from cluster.wire.tls import SigningRequest
 from coordinator.coordinator import Coordinator, CoordinatorOrder
 
 

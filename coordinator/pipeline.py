@@ -13,14 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from cluster.wire.status import from_rpc_error
-from cluster.wire.steps import (
-    epoch_to_proto,
-    failure_from_proto,
-    header_to_proto,
-    progress_from_proto,
-    result_from_proto,
-)
 
 from cluster.errors import SpanwiseError, StageTimeoutError, StageUnavailableError
 from cluster.microbatch import (
@@ -36,6 +28,14 @@ from cluster.microbatch import (
 from cluster.placement import Placement
 from cluster.request import SamplingParams, SequenceId
 from cluster.rpc.v1 import stage_service_pb2 as service
+from cluster.wire.status import from_rpc_error
+from cluster.wire.steps import (
+    epoch_to_proto,
+    failure_from_proto,
+    header_to_proto,
+    progress_from_proto,
+    result_from_proto,
+)
 from coordinator.stage_link import StageLink
 
 logger = logging.getLogger(__name__)

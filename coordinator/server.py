@@ -6,12 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
-from cluster.wire.status import abort_with
-
 from cluster.errors import SpanwiseError
 from cluster.request import RequestId
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
+from cluster.wire.status import abort_with
 from coordinator.board import StatusBoard
 from coordinator.engine import Engine
 from coordinator.intake import Intake

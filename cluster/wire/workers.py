@@ -95,9 +95,7 @@ def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.Loa
         )
     else:
         message.folder.CopyFrom(
-            stage_pb2.FolderSource(
-                path=source.path, digest=source.digest, checkpoint_service=order.checkpoint_service
-            )
+            stage_pb2.FolderSource(path=source.path, digest=source.digest, checkpoint_service=order.checkpoint_service)
         )
     return message
 
