@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -11,6 +11,15 @@ from cluster.errors import ConfigurationError
 from cluster.rpc.v1.stage_service_pb2 import ReadRangeRequest
 from cluster.rpc.v1.stage_service_pb2_grpc import CheckpointServiceStub
 from cluster.wire.status import from_rpc_error
+
+if TYPE_CHECKING:
+    from cluster.wire.tls import Credentials
+
+_OPTIONS = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.keepalive_time_ms", 20_000),  # a coordinator whose machine is gone is noticed within the sum of the two
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
 
 
 class CheckpointReader(Protocol):
@@ -48,7 +57,8 @@ class CheckpointClient:
         self._channel.close()
 
 
-def connect_plaintext(address: str) -> CheckpointClient:
-    """Return a client without encryption; keepalive notices a coordinator whose machine is gone."""
-    options = (("grpc.enable_http_proxy", 0), ("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000))
-    return CheckpointClient(grpc.insecure_channel(address, options=options))
+def connect(address: str, credentials: Credentials | None = None) -> CheckpointClient:
+    """Return a client of the service at host:port; without credentials it speaks plaintext."""
+    if credentials is None:
+        return CheckpointClient(grpc.insecure_channel(address, options=_OPTIONS))
+    return CheckpointClient(grpc.secure_channel(address, credentials.channel(), options=_OPTIONS))

@@ -51,7 +51,8 @@ def _load(path: Path, label: str) -> dict[str, torch.Tensor]:
             f"checkpoint: fetch it again, or convert the checkpoint to safetensors"
         ) from error
     except (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigurationError(f"{label} is truncated or damaged: delete it and fetch it again") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigurationError(f"{label} is truncated or damaged ({reason}): delete it and fetch it again") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{label} holds a {type(content).__name__}, not tensors by name")
     return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}

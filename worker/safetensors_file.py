@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from cluster.errors import ConfigurationError
 LENGTH_BYTES = 8
 """The file begins with the header's length: an unsigned little-endian integer of this many bytes."""
 
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python 3.11 has no name for it
+_MAP_FLAGS = mmap.MAP_PRIVATE | _MAP_NORESERVE
+# Private and writable: torch wants writable memory, and a stray write must never reach the file. Linux would set memory
+# aside for such a mapping, and refuse one of a file larger than memory, if it were not told otherwise.
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DTYPES = {
     "F64": torch.float64,
@@ -97,8 +102,8 @@ class SafetensorsFile:
         with path.open("rb") as file:
             length = header_length(file.read(LENGTH_BYTES), label, size)
             self._entries = parse_header(file.read(length), label, size)
-            # Copy-on-write: torch wants writable memory, and a stray write must never reach the file.
-            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            protection = mmap.PROT_READ | mmap.PROT_WRITE
+            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, flags=_MAP_FLAGS, prot=protection)
 
     def names(self) -> frozenset[str]:
         return frozenset(self._entries)

@@ -19,7 +19,8 @@ from cluster.hub.download import HubAccess
 from cluster.hub.folder import folder_digest
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource
-from worker.checkpoint_client import CheckpointReader, connect_plaintext
+from worker.checkpoint_client import CheckpointReader
+from worker.checkpoint_client import connect as connect_checkpoint
 from worker.free_space import FreeBytes, free_bytes
 from worker.hub_download import download_files
 from worker.pickled_file import PickledFile
@@ -73,7 +74,7 @@ def fetch_checkpoint(
     is_needed: Callable[[str], bool],
     on_progress: Callable[[LoadProgress], None],
     *,
-    connect: Callable[[str], CheckpointReader] = connect_plaintext,
+    connect: Callable[[str], CheckpointReader] = connect_checkpoint,
     cache_folder: Path | None = None,
     measure: FreeBytes = free_bytes,
 ) -> Checkpoint:

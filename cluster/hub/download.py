@@ -6,6 +6,7 @@ between processes. Which files, and how many at once, is the caller's business.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,16 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from cluster.hub.errors import hub_errors
 
 
+def default_endpoint() -> str:
+    """Return the hub that HF_ENDPOINT names, else the public one."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
+
+
 @dataclass(frozen=True, slots=True)
 class HubAccess:
     """How to reach a hub: `HF_ENDPOINT`, `HF_TOKEN`, `HF_HOME` and proxies hold where nothing is given."""
 
-    endpoint: str = constants.ENDPOINT
+    endpoint: str = field(default_factory=default_endpoint)
     token: str | None = field(default=None, repr=False)
     cache_folder: Path | None = None
 

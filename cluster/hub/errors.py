@@ -33,7 +33,7 @@ def hub_errors(repo_id: str, endpoint: str) -> Iterator[None]:
     """Raise what the hub's client raises as a SpanwiseError that names the repository and says what to do."""
     try:
         yield
-    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, HFValidationError, OSError) as error:
+    except (HTTPError, EntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError, KeyError) as error:
         raise _translate(error, repo_id, endpoint) from error
 
 
@@ -68,6 +68,10 @@ def _translate(error: Exception, repo_id: str, endpoint: str) -> SpanwiseError:
             return _translate_status(error, repo_id, endpoint)
         case HTTPError():
             return _unreachable(error, repo_id, endpoint)
+        case ValueError() | KeyError():
+            return ConfigurationError(
+                f"{endpoint} does not answer like a hub for {repo_id} ({error}): check HF_ENDPOINT and proxies"
+            )
         case _:
             return ConfigurationError(f"{repo_id} could not be downloaded: {error}")
 

@@ -47,6 +47,7 @@ class LocalHub:
         self.gated = set(gated)
         self.private = set(private)
         self.broken_after: dict[str, int] = {}  # file → bytes after which its next transfer breaks off, once
+        self.failing_with = 0  # a status that answers everything
         self.requests: list[HubRequest] = []
         self._server = _Server(self)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -102,6 +103,8 @@ class LocalHub:
         return path
 
     def _check_exists(self, repo_id: str, revision: str, token: str) -> None:
+        if self.failing_with:
+            raise _Refusal(self.failing_with, "", "Out of order")
         if token and token != self.token:
             raise _Refusal(401, "", "Invalid credentials in Authorization header")
         if not (self.root / repo_id).is_dir() or (repo_id in self.private and not token):

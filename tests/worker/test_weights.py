@@ -94,6 +94,16 @@ def test_writing_to_a_tensor_leaves_the_file_alone(tmp_path: Path, suffix: str) 
     assert (tmp_path / f"part-0.{suffix}").read_bytes() == before
 
 
+def test_file_larger_than_memory_is_read(tmp_path: Path) -> None:
+    write_single(tmp_path)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header + torch.tensor([2.5]).numpy().tobytes())
+        file.truncate(4 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # sparse
+    with fetch(tmp_path) as checkpoint:
+        assert checkpoint.tensor("w").item() == 2.5
+
+
 def test_unaligned_and_empty_tensors_are_read(tmp_path: Path) -> None:
     write_single(tmp_path)
     header = {

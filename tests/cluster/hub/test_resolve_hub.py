@@ -159,3 +159,20 @@ def test_new_commit_is_seen(hub: LocalHub, access: HubAccess) -> None:
     first = resolve_with(REPO, "main", access).revision
     truncate(hub.root / REPO / "part-0.safetensors")
     assert resolve_with(REPO, "main", access).revision != first
+
+
+def test_endpoint_that_is_no_hub_is_told(hub: LocalHub, access: HubAccess, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "describe", lambda *_: {"welcome": "please accept our terms to use this network"})
+    with pytest.raises(ConfigurationError, match="does not answer like a hub"):
+        resolve_with(REPO, "main", access)
+
+
+def test_endpoint_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/")
+    assert HubAccess().endpoint == "http://mirror.example"
+
+
+def test_hub_that_fails_is_told_with_its_status(hub: LocalHub, access: HubAccess) -> None:
+    hub.failing_with = 500
+    with pytest.raises(ConfigurationError, match="status 500"):
+        resolve_with(REPO, "main", access)
