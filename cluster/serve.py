@@ -130,6 +130,7 @@ def check_port(host: str, port: int) -> None:
 def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterator[None]:
     """Join the Ray cluster at --address, RAY_ADDRESS or on this machine; start a local one when there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else go first
     address = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_this_machine()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
     if address and address != "local":
@@ -333,24 +334,27 @@ def _shut_down(actors: Sequence[Any]) -> None:
 
 def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threading.Event) -> int:
     """Watch until told to stop or until the cluster can no longer serve."""
-    watched = {deployment.coordinator.wait_stopped.remote(): "the coordinator"}
-    for member in deployment.members:
-        watched[member.actor.wait_stopped.remote()] = f"worker {member.worker_id} on {member.node.node_name}"
+    deaths = {member.actor.wait_stopped.remote(): member for member in deployment.members}
+    deaths[deployment.coordinator.wait_stopped.remote()] = None
     with grpc.insecure_channel(_dialable(deployment.server_address)) as channel:
         stub = service_grpc.GenerationServiceStub(channel)
         while not stop.is_set():
-            status = _describe(stub)
-            if status is not None:
-                on_status(status)
-                if status.state == service.CLUSTER_STATE_FAILED:
-                    stop.wait(FAREWELL_SECONDS)  # let clients and `cluster status` see why
-                    return 1
-            ended, _ = ray.wait(list(watched), num_returns=1, timeout=POLL_SECONDS)
+            ended, _ = ray.wait(list(deaths), num_returns=1, timeout=POLL_SECONDS)
             if ended:
-                _mourn(deployment, stub, watched[ended[0]], on_status)
-                stop.wait(FAREWELL_SECONDS)
+                _report_death(deployment, deaths[ended[0]])
+            status = _describe(stub) or (_COORDINATOR_DIED if ended else None)
+            if status is None:
+                continue
+            on_status(status)
+            if status.state == service.CLUSTER_STATE_FAILED:
+                stop.wait(FAREWELL_SECONDS)  # let clients and `cluster status` see why
                 return 1
     return 0
+
+
+_COORDINATOR_DIED = service.DescribeClusterResponse(
+    state=service.CLUSTER_STATE_FAILED, message="the coordinator's process died"
+)
 
 
 def _describe(stub: Any) -> service.DescribeClusterResponse | None:
@@ -361,13 +365,12 @@ def _describe(stub: Any) -> service.DescribeClusterResponse | None:
         return None  # Ray's notice about the coordinator decides
 
 
-def _mourn(deployment: _Deployment, stub: Any, who: str, on_status: StatusListener) -> None:
-    """Tell the coordinator that a worker died, in case its own channels have not noticed, and show the state."""
-    message = f"{who} died (Ray's notice)"
+def _report_death(deployment: _Deployment, member: _Member | None) -> None:
+    """Tell the coordinator that a worker died, in case its own channels have not noticed."""
+    if member is None:
+        return
     with suppress(ray.exceptions.RayError):
-        ray.get(deployment.coordinator.report_loss.remote(message), timeout=POLL_SECONDS)
-    status = _describe(stub) or service.DescribeClusterResponse(state=service.CLUSTER_STATE_FAILED, message=message)
-    on_status(status)
+        ray.get(deployment.coordinator.report_loss.remote(member.worker_id), timeout=POLL_SECONDS)
 
 
 def _dialable(address: str) -> str:

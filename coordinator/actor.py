@@ -9,7 +9,7 @@ import ray
 
 from cluster.clock import SystemClock
 from cluster.logs import configure_logging
-from cluster.placement import NodeFacts
+from cluster.placement import NodeFacts, WorkerId
 from cluster.wire.tls import SigningRequest
 from coordinator.coordinator import Coordinator, CoordinatorOrder
 
@@ -39,10 +39,10 @@ class CoordinatorActor:
         self._coordinator = Coordinator(order, credentials, SystemClock())
         return await self._coordinator.start()
 
-    async def report_loss(self, message: str) -> None:
+    async def report_loss(self, worker_id: WorkerId) -> None:
         """Take Ray's notice that a worker died."""
         if self._coordinator is not None:
-            self._coordinator.fail(message)
+            self._coordinator.lose_worker(worker_id)
 
     async def wait_stopped(self) -> None:
         """Return once the coordinator was shut down."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.clock import Clock
 from cluster.microbatch import StageTiming
 from cluster.model_spec import ModelSpec, Precision
-from cluster.placement import Placement, StagePlan, WorkerInfo
+from cluster.placement import Placement, StagePlan, WorkerId, WorkerInfo
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.span import Span
@@ -110,6 +110,10 @@ class StatusBoard:
         if stage is not None and stage < len(self.stages):
             self.stages[stage].state = service.STAGE_STATE_LOST
             self.stages[stage].message = message
+
+    def stage_of(self, worker_id: WorkerId) -> int | None:
+        """Return the stage that a worker serves, if it serves one."""
+        return next((record.stage for record in self.stages if record.worker.worker_id == worker_id), None)
 
     def count_tokens(self, *, prompt: int, output: int) -> None:
         """Count tokens that a step computed or produced."""

@@ -21,7 +21,7 @@ from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, SpanwiseError, StageUnavailableError
 from cluster.hub.resolve import tokenizer_folder
 from cluster.model_spec import FolderSource, ModelSpec
-from cluster.placement import Placement
+from cluster.placement import Placement, WorkerId
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.rpc.v1 import stage_service_pb2_grpc as stage_grpc
@@ -123,6 +123,12 @@ class Coordinator:
         if self._engine is not None:
             self._engine.end_all(StageUnavailableError(message))
         self._ended.set()
+
+    def lose_worker(self, worker_id: WorkerId) -> None:
+        """Note that a worker's process has died."""
+        stage = self.board.stage_of(worker_id)
+        where = f"stage {stage} (worker {worker_id})" if stage is not None else f"worker {worker_id}"
+        self.fail(f"{where} is lost: its process died", stage)
 
     async def stop(self) -> None:
         """End every request with a typed error, then every server, stream and channel."""
