@@ -55,6 +55,6 @@ def run_transfers(
                 for future in done:
                     future.result()
         except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # first: a transfer that stops makes room for the next
             counter.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -64,9 +64,8 @@ def _list_online(repo_id: str, revision: str, access: HubAccess) -> Repository:
             get_hf_file_metadata(url, token=access.token, timeout=_TIMEOUT_SECONDS)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if _PROBE in sizes:
-        download_file(
-            repo_id, _PROBE, revision, access
-        )  # by its name, so that the cache knows the revision when offline
+        # By the revision's name rather than the commit, so that the cache knows the name when there is no network.
+        download_file(repo_id, _PROBE, revision, access)
     return Repository(HubSource(repo_id, info.sha, access.endpoint), sizes, access)
 
 
