@@ -334,7 +334,7 @@ def _shut_down(actors: Sequence[Any]) -> None:
 
 def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threading.Event) -> int:
     """Watch until told to stop or until the cluster can no longer serve."""
-    deaths = {member.actor.wait_stopped.remote(): member for member in deployment.members}
+    deaths: dict[Any, _Member | None] = {member.actor.wait_stopped.remote(): member for member in deployment.members}
     deaths[deployment.coordinator.wait_stopped.remote()] = None
     with grpc.insecure_channel(_dialable(deployment.server_address)) as channel:
         stub = service_grpc.GenerationServiceStub(channel)
