@@ -81,37 +81,38 @@ def attend(
     out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
     rules = _Rules(scale, window, alibi_slopes)
     for slice_ in layout.slices:
-        for queries in _query_tiles(slice_, query.shape[0]):
+        first = rules.first_visible(slice_.start_position)
+        is_one_run = len(tuple(slice_.runs_between(first, slice_.context_length))) == 1
+        is_paged = is_exact or not is_one_run or cache.dtype != query.dtype
+        num_masks = query.shape[0] if is_paged or alibi_slopes is not None else query.shape[0] // key.shape[0]
+        for queries in _query_tiles(slice_, num_masks):
             start = slice_.start_row + queries.start - slice_.start_position
             rows = slice(start, start + len(queries))
             grouped = query[:, rows].view(key.shape[0], -1, len(queries), query.shape[2])
-            runs = tuple(slice_.runs_between(rules.first_visible(queries.start), queries.stop))
-            if is_exact or len(runs) > 1 or cache.dtype != query.dtype:
-                part = _paged(grouped, cache, block, slice_, queries, rules)
-            else:
-                part = _fused(grouped, cache, block, runs[0], queries, rules)
+            part = (_paged if is_paged else _fused)(grouped, cache, block, slice_, queries, rules)
             out[rows] = part.reshape(query.shape[0], len(queries), -1).transpose(0, 1)
     return out
 
 
-def _query_tiles(slice_: SliceLayout, num_heads: int) -> Iterator[range]:
-    """Cut a slice's positions so that a tile's scores stay below MAX_SCORES."""
-    size = max(1, MAX_SCORES // (num_heads * slice_.context_length))
+def _query_tiles(slice_: SliceLayout, num_masks: int) -> Iterator[range]:
+    """Cut a slice's positions so that a tile's scores, or the masks of it, stay below MAX_SCORES."""
+    size = max(1, MAX_SCORES // (num_masks * slice_.context_length))
     for start in range(slice_.start_position, slice_.context_length, size):
         yield range(start, min(start + size, slice_.context_length))
 
 
-def _fused(query: Tensor, cache: KVCache, block: int, run: SlotRun, queries: range, rules: _Rules) -> Tensor:
-    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to one run that ends at the last query."""
-    keys, values = (stored[block][:, run[0] : run[1]] for stored in (cache.keys, cache.values))
+def _fused(query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, queries: range, rules: _Rules) -> Tensor:
+    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to slots that are one run."""
     kv_heads, group, num_queries, head_dim = query.shape
+    positions = range(rules.first_visible(queries.start), queries.stop)
+    (run,) = slice_.runs_between(positions.start, positions.stop)
     mask = None
     if not rules.is_plain_decode(num_queries):
-        positions = range(queries.stop - (run[1] - run[0]), queries.stop)
         bias = rules.bias(queries, positions, kv_heads, query)
-        mask = bias.expand(kv_heads, group, -1, -1).reshape(1, kv_heads, group * num_queries, -1)
+        mask = bias.expand(-1, group, -1, -1).reshape(1, bias.shape[0], group * num_queries, -1)
     rows = query.reshape(1, kv_heads, group * num_queries, head_dim)
-    return functional.scaled_dot_product_attention(rows, keys[None], values[None], attn_mask=mask, scale=rules.scale)
+    keys, values = cache.keys[block][None, :, slice(*run)], cache.values[block][None, :, slice(*run)]
+    return functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=rules.scale)
 
 
 def _paged(query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, queries: range, rules: _Rules) -> Tensor:
