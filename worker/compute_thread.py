@@ -49,11 +49,21 @@ class ComputeThread:
         return await outcome
 
     async def stop(self, timeout_seconds: float) -> None:
-        """Let queued jobs finish and join the thread, for at most `timeout_seconds`."""
-        self._jobs.put(None)
-        await asyncio.to_thread(self._thread.join, timeout_seconds)
+        """Let queued jobs finish and join the thread, but leave it behind after `timeout_seconds`."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self.run(_do_nothing)
+        except TimeoutError:
+            self._jobs.put(None)
+        else:
+            self._jobs.put(None)
+            self._thread.join()
 
     def _run(self, prepare: Callable[[], None]) -> None:
         prepare()
         while (job := self._jobs.get()) is not None:
             job()
+
+
+def _do_nothing() -> None:
+    """Run after every job that was queued before."""

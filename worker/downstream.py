@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from cluster.clock import Clock
 from cluster.errors import IncompatibleVersionError, SpanwiseError, StageUnavailableError
 from cluster.microbatch import StepHeader
 from cluster.rpc.v1 import stage_service_pb2 as service
@@ -27,19 +29,27 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10.0
 
-Payload = tuple[StepHeader, Mapping[str, "Tensor"]]
+
+@dataclass(frozen=True, slots=True)
+class OutgoingStep:
+    """A step on its way out. `expires` is in clock seconds: the header gets what is left when it is written."""
+
+    header: StepHeader
+    tensors: Mapping[str, Tensor]
+    expires: float
 
 
 class Downstream:
     """Sends steps to the next stage of one epoch."""
 
-    def __init__(self, address: str, description: str, credentials: Credentials | None) -> None:
+    def __init__(self, address: str, description: str, credentials: Credentials | None, clock: Clock) -> None:
         """`description` names the next stage's node for a person."""
+        self._clock = clock
         self._description = description
         self._address = address
         self._channel = open_channel(address, credentials)
         self._stub = service_grpc.StageServiceStub(self._channel)
-        self._outgoing: asyncio.Queue[Payload] = asyncio.Queue()
+        self._outgoing: asyncio.Queue[OutgoingStep] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
     async def connect(self, here: str) -> None:
@@ -58,12 +68,12 @@ class Downstream:
             ) from None
 
     def open(self, on_broken: Callable[[SpanwiseError], None]) -> None:
-        """Start sending; `on_broken` is called once if the stream ends before `close`."""
+        """Start sending; `on_broken` is called if the stream ends before `close`, with the reason."""
         self._task = asyncio.create_task(self._run(on_broken))
 
-    def send(self, header: StepHeader, tensors: Mapping[str, Tensor]) -> None:
+    def send(self, step: OutgoingStep) -> None:
         """Queue a step. The coordinator bounds how many are under way."""
-        self._outgoing.put_nowait((header, tensors))
+        self._outgoing.put_nowait(step)
 
     async def close(self) -> None:
         """End the stream."""
@@ -74,24 +84,33 @@ class Downstream:
 
     async def _run(self, on_broken: Callable[[SpanwiseError], None]) -> None:
         call = self._stub.Forward()
-        writer = asyncio.create_task(self._write(call))
+        writer = asyncio.create_task(self._write(call, on_broken))
         try:
             async for _ in call:
                 pass  # acknowledged; the step's fate is told to the coordinator by whoever decides it
-            on_broken(StageUnavailableError(f"the next stage on {self._description} closed the stream"))
+            on_broken(StageUnavailableError(f"{self._name()} closed the stream"))
         except grpc.aio.AioRpcError as error:
             known = as_spanwise_error(error)
-            on_broken(type(known)(f"the next stage on {self._description} at {self._address}: {known}"))
+            on_broken(type(known)(f"{self._name()}: {known}", reason=known.reason))
         finally:
             call.cancel()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
-    async def _write(self, call: Any) -> None:
-        while True:
-            header, tensors = await self._outgoing.get()
-            for message in _messages(header, tensors):
-                await call.write(message)
+    async def _write(self, call: Any, on_broken: Callable[[SpanwiseError], None]) -> None:
+        try:
+            while True:
+                step = await self._outgoing.get()
+                left_ms = max(0, int((step.expires - self._clock.now()) * 1000))
+                for message in _messages(replace(step.header, deadline_ms=left_ms), step.tensors):
+                    await call.write(message)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass  # the stream broke: its reading end says why
+        except Exception as error:  # a step that cannot be put into messages must not vanish
+            on_broken(as_spanwise_error(error))
+
+    def _name(self) -> str:
+        return f"the next stage on {self._description} at {self._address}"
 
 
 def _messages(header: StepHeader, tensors: Mapping[str, Tensor]) -> Iterator[service.ForwardRequest]:

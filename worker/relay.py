@@ -1,7 +1,7 @@
 """A stage's part in the pipeline: steps come in, are computed in order, and leave for the next stage or as results.
 
 Receiving step k+1, computing k and sending k-1 overlap. No step vanishes: each leaves as hidden states, as a result, or
-as a failure that the coordinator's Watch reads. After a failure the rest of the epoch fails too, until a new epoch opens.
+as a failure that the coordinator's Watch reads. After a failure the rest of the epoch fails too, until a new one opens.
 
 All methods but those marked otherwise run on the event loop. Arithmetic is the Executor's, sockets are the server's.
 """
@@ -15,12 +15,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from cluster.clock import Clock
-from cluster.errors import InvariantError, NotReadyError, SpanwiseError, StageTimeoutError, StalePlacementError
-from cluster.microbatch import Epoch, StageTiming, StepFailure, StepHeader, StepId, StepProgress, StepResult
+from cluster.errors import (
+    InvalidRequestError,
+    InvariantError,
+    NotReadyError,
+    SpanwiseError,
+    StageTimeoutError,
+    StalePlacementError,
+)
+from cluster.microbatch import Epoch, StageTiming, StepFailure, StepHeader, StepId, StepProgress
 from cluster.wire.status import as_spanwise_error
 from worker.compute_thread import ComputeThread
-from worker.downstream import Downstream
+from worker.downstream import Downstream, OutgoingStep
 from worker.executor import Executor, StageOutput
+from worker.reports import Reports
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,21 +37,26 @@ logger = logging.getLogger(__name__)
 
 MAX_STEPS_HELD = 64
 """Steps received but not computed; beyond it the stream is not read. Above what the coordinator keeps in flight."""
-PROGRESS_SECONDS = 5.0
-
-Report = StepResult | StepFailure | StepProgress
+PROGRESS_SECONDS = 2.5
+"""A step that computes at two looks of this distance is told of: the first time within twice this."""
 
 
 @dataclass(slots=True)
 class ReceivedStep:
-    """A step whose payload is here."""
+    """A step whose payload is here. Moments are clock seconds."""
 
     header: StepHeader
     tensors: Mapping[str, Tensor]
-    received: float  # clock seconds
     num_bytes: int
+    arrived: float  # its header
+    received: float  # the whole payload
     started: float = 0.0
     finished: float = 0.0
+
+    @property
+    def expires(self) -> float:
+        """When its deadline passes."""
+        return self.arrived + self.header.deadline_ms / 1000
 
     def timing(self, stage: int) -> StageTiming:
         """Return this stage's entry for the header."""
@@ -57,15 +70,23 @@ class OpenEpoch:
 
     epoch: Epoch
     downstream: Downstream | None
-    reports: asyncio.Queue[Report | None] = field(default_factory=asyncio.Queue)  # None: the epoch was replaced
+    reports: Reports = field(default_factory=Reports)
     next_step: int = 1
-    is_broken: bool = False  # read by the compute thread
+    is_broken: bool = False  # set and read by both threads: no step is computed any more
 
 
 class Relay:
     """Runs one loaded span's steps."""
 
-    def __init__(self, stage: int, executor: Executor, compute: ComputeThread, clock: Clock) -> None:
+    def __init__(
+        self,
+        stage: int,
+        executor: Executor,
+        compute: ComputeThread,
+        clock: Clock,
+        *,
+        progress_seconds: float = PROGRESS_SECONDS,
+    ) -> None:
         self.stage = stage
         self._executor = executor
         self._compute = compute
@@ -75,7 +96,7 @@ class Relay:
         self._slots = asyncio.Semaphore(MAX_STEPS_HELD)
         self._running: ReceivedStep | None = None  # written by the compute thread
         self._blocks_done = 0  # likewise
-        self._ticker = asyncio.create_task(self._tell_progress())
+        self._ticker = asyncio.create_task(self._tell_progress(progress_seconds))
 
     @property
     def epoch(self) -> Epoch | None:
@@ -97,7 +118,7 @@ class Relay:
             return
         closed, self._open = self._open, None
         closed.is_broken = True
-        closed.reports.put_nowait(None)
+        closed.reports.close()
         if closed.downstream is not None:
             await closed.downstream.close()
 
@@ -120,13 +141,27 @@ class Relay:
 
         Raises StalePlacementError for another epoch's. A step out of order breaks the epoch.
         """
-        opened = self.check_epoch(step.header.epoch)
+        self.check_epoch(step.header.epoch)
+        await self._slots.acquire()
+        try:
+            opened = self.check_epoch(step.header.epoch)
+        except SpanwiseError:
+            self._slots.release()
+            raise
+        self._take(opened, step)
+
+    def refuse(self, error: InvalidRequestError) -> None:
+        """A stream brought what makes no step: report the step that was due as failed."""
+        if self._open is not None:
+            self._report_failure(self._open, StepId(self._open.next_step), error, is_stage_lost=False)
+
+    def _take(self, opened: OpenEpoch, step: ReceivedStep) -> None:
         if step.header.step_id != opened.next_step:
             message = f"step {step.header.step_id} came where step {opened.next_step} was due"
+            self._slots.release()
             self._fail(opened, step.header, InvariantError(message))
             return
         opened.next_step += 1
-        await self._slots.acquire()
         self._compute.submit(lambda: self._execute(opened, step))
 
     # --- in the compute thread ---------------------------------------------------------------------------------------
@@ -138,6 +173,7 @@ class Relay:
         try:
             output = self._compute_step(opened, step)
         except Exception as raised:  # whatever it is, the coordinator must hear of it
+            opened.is_broken = True
             error = raised
         step.finished = self._clock.now()
         self._running = None
@@ -146,9 +182,9 @@ class Relay:
     def _compute_step(self, opened: OpenEpoch, step: ReceivedStep) -> StageOutput:
         if opened.is_broken:
             raise StalePlacementError(f"step {step.header.step_id} was dropped: an earlier step of its epoch failed")
-        late = step.started - step.received - step.header.deadline_ms / 1000
-        if late > 0:
-            raise StageTimeoutError(f"step {step.header.step_id} began {late:.1f} s after its deadline")
+        if step.started >= step.expires:
+            late = step.started - step.expires
+            raise StageTimeoutError(f"step {step.header.step_id} was due to begin {late:.3f} s after its deadline")
         self._blocks_done = 0
         self._running = step
         return self._executor.execute(step.header, step.tensors, lambda done: self._note_block(opened, done))
@@ -171,13 +207,12 @@ class Relay:
             return
         timings = (*step.header.timings, step.timing(self.stage))
         if output.result is not None:
-            opened.reports.put_nowait(replace(output.result, timings=timings))
+            opened.reports.put(replace(output.result, timings=timings))
         elif opened.downstream is None:
             self._fail(opened, step.header, InvariantError(f"stage {self.stage} is the last but returned no result"))
         else:
-            elapsed_ms = int((step.finished - step.received) * 1000)
-            left = max(0, step.header.deadline_ms - elapsed_ms)
-            opened.downstream.send(replace(step.header, timings=timings, deadline_ms=left), output.tensors)
+            header = replace(step.header, timings=timings)
+            opened.downstream.send(OutgoingStep(header, output.tensors, step.expires))
 
     def _fail(self, opened: OpenEpoch, header: StepHeader, error: SpanwiseError) -> None:
         self._report_failure(opened, header.step_id, error, is_stage_lost=False)
@@ -185,23 +220,28 @@ class Relay:
     def _break(self, opened: OpenEpoch, error: SpanwiseError) -> None:
         """The stream to the next stage broke: the fate of the steps sent is unknown."""
         if opened is self._open:
-            self._report_failure(opened, StepId(opened.next_step - 1), error, is_stage_lost=True)
+            is_lost = not isinstance(error, _REFUSALS)
+            self._report_failure(opened, StepId(opened.next_step - 1), error, is_stage_lost=is_lost)
 
     def _report_failure(self, opened: OpenEpoch, step_id: StepId, error: SpanwiseError, *, is_stage_lost: bool) -> None:
-        if not opened.is_broken:
-            logger.error("stage %s: step %s failed: %s", self.stage, step_id, error)
+        logger.error("stage %s: step %s failed: %s", self.stage, step_id, error)
         opened.is_broken = True
         reason = type(error).__name__
         failure = StepFailure(opened.epoch, step_id, self.stage, reason, error.message, is_stage_lost)
-        opened.reports.put_nowait(failure)
+        opened.reports.put(failure)
 
-    async def _tell_progress(self) -> None:
-        """Report how far a step is that takes long."""
+    async def _tell_progress(self, interval_seconds: float) -> None:
+        """Report how far a step is that is still computed at the next look."""
+        seen: ReceivedStep | None = None
         while True:
-            await asyncio.sleep(PROGRESS_SECONDS)
+            await asyncio.sleep(interval_seconds)
             step, opened = self._running, self._open
-            if step is None or opened is None or self._clock.now() - step.started < PROGRESS_SECONDS:
-                continue
-            header = step.header
-            total = self._executor.num_blocks
-            opened.reports.put_nowait(StepProgress(header.epoch, header.step_id, self.stage, self._blocks_done, total))
+            if step is not None and step is seen and opened is not None:
+                header, done = step.header, self._blocks_done
+                total = self._executor.num_blocks
+                opened.reports.put(StepProgress(header.epoch, header.step_id, self.stage, done, total))
+            seen = step
+
+
+_REFUSALS = (InvalidRequestError, InvariantError, NotReadyError, StalePlacementError)
+"""What a next stage says that is there but will not take the step."""

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from cluster.clock import Clock
 from cluster.errors import (
+    ConfigurationError,
     IncompatibleVersionError,
     InvalidRequestError,
     NotReadyError,
@@ -57,7 +58,7 @@ from worker.relay import ReceivedStep, Relay
 logger = logging.getLogger(__name__)
 
 HEALTH_NAME = "cluster.rpc.v1.StageService"
-LOAD_HEARTBEAT_SECONDS = 1.0
+LOAD_HEARTBEAT_SECONDS = 0.5
 STOP_SECONDS = 3.0
 
 
@@ -94,7 +95,11 @@ class StageServer(service_grpc.StageServiceServicer):
         service_grpc.add_StageServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((HEALTH_NAME, reflection.SERVICE_NAME), self._server)
-        port = bind(self._server, self._host, self._ports, self._credentials)
+        try:
+            port = bind(self._server, self._host, self._ports, self._credentials)
+        except ConfigurationError:
+            await self._server.stop(None)
+            raise
         self._compute = ComputeThread(f"compute-{self._info.worker_id}", self._prepare_thread)
         await self._server.start()
         self._info = replace(self._info, address=f"{self._host}:{port}")
@@ -102,7 +107,9 @@ class StageServer(service_grpc.StageServiceServicer):
         return self._info.address
 
     async def stop(self) -> None:
-        """Stop serving and free everything; a load under way is abandoned."""
+        """Stop serving and free everything; a load under way is abandoned. Idempotent, also before `start`."""
+        if self._is_stopping or not self._info.address:
+            return
         self._is_stopping = True
         if self._relay is not None:
             await self._relay.close()
@@ -135,6 +142,7 @@ class StageServer(service_grpc.StageServiceServicer):
         self, request: service.LoadSpanRequest, context: Any
     ) -> AsyncIterator[service.LoadSpanResponse]:
         try:
+            self._fence(epoch_from_proto(request.epoch))  # before waiting: it ends a load of an older epoch
             async with self._changing:
                 self._fence(epoch_from_proto(request.epoch))
                 await self._unload()
@@ -160,6 +168,9 @@ class StageServer(service_grpc.StageServiceServicer):
                 await relay.accept(step)
                 header = step.header
                 yield service.ForwardResponse(epoch=epoch_to_proto(header.epoch), step_id=header.step_id)
+        except InvalidRequestError as error:
+            relay.refuse(error)
+            await abort_with(context, error)
         except Exception as error:  # likewise; the sender reports its steps as lost
             await abort_with(context, error)
 
@@ -168,7 +179,7 @@ class StageServer(service_grpc.StageServiceServicer):
     ) -> AsyncIterator[service.WatchResponse]:
         try:
             opened = self._loaded().check_epoch(epoch_from_proto(request.epoch))
-            while (report := await opened.reports.get()) is not None:
+            async for report in opened.reports.watch():
                 yield _report_to_proto(report)
         except Exception as error:  # likewise
             await abort_with(context, error)
@@ -193,14 +204,14 @@ class StageServer(service_grpc.StageServiceServicer):
 
     async def _load(self, request: service.LoadSpanRequest) -> AsyncIterator[service.LoadSpanResponse]:
         """Load in the compute thread, repeating the latest progress at least every second."""
-        order = load_order_from_proto(request)
+        order, epoch = load_order_from_proto(request), epoch_from_proto(request.epoch)
         latest = LoadProgress("loading", 0, 0)
         is_abandoned = False
 
         def note(progress: LoadProgress) -> None:
             nonlocal latest
             latest = progress
-            if is_abandoned or self._is_stopping:
+            if is_abandoned or self._is_stopping or epoch < self._newest:
                 raise RequestCancelledError("the load was abandoned")
 
         load = asyncio.create_task(self._compute.run(lambda: self._loader.load(order, note)))
@@ -224,7 +235,7 @@ class StageServer(service_grpc.StageServiceServicer):
         await relay.close_epoch()
         downstream = None
         if request.next_address:
-            downstream = Downstream(request.next_address, request.next_node_name, self._credentials)
+            downstream = Downstream(request.next_address, request.next_node_name, self._credentials, self._clock)
             here = f"stage {relay.stage} on {self._info.node_name} ({self._info.address})"
             try:
                 await downstream.connect(here)
@@ -255,16 +266,16 @@ def _report_to_proto(report: StepResult | StepFailure | StepProgress) -> service
 
 async def _steps(messages: AsyncIterator[service.ForwardRequest], clock: Clock) -> AsyncIterator[ReceivedStep]:
     """Put a stream's messages together to steps. Raises InvalidRequestError for messages in no sensible order."""
-    header, payload = None, None
+    header, payload, arrived = None, None, 0.0
     async for message in messages:
         if message.HasField("header"):
             if header is not None:
                 raise InvalidRequestError(f"step {header.step_id} was cut short by the next header")
-            header, payload = header_from_proto(message.header), PayloadAssembler(message.tensors)
+            header, payload, arrived = header_from_proto(message.header), PayloadAssembler(message.tensors), clock.now()
         if header is None or payload is None:
             raise InvalidRequestError("a piece came before any header")
         if message.HasField("piece"):
             payload.add(message.piece)
         if payload.is_complete:
-            yield ReceivedStep(header, payload.tensors(), clock.now(), payload.num_bytes)
+            yield ReceivedStep(header, payload.tensors(), payload.num_bytes, arrived, clock.now())
             header, payload = None, None

@@ -87,12 +87,13 @@ class FakeLoadedSpan:
 
 @dataclass
 class FakeSpanLoader:
-    """Loads fake spans at once; `loaded` keeps the executors in the order of their loading."""
+    """Loads fake spans at once; `loaded` keeps each stage's executor."""
 
     hidden_size: int = 8
     on_execute: OnExecute = do_nothing
     on_load: Callable[[LoadOrder], None] = lambda _order: None  # in the compute thread; may block or raise
-    loaded: list[FakeExecutor] = field(default_factory=list)
+    num_begun: int = 0
+    loaded: dict[int, FakeExecutor] = field(default_factory=dict)  # by stage
 
     def measure(self, config: Mapping[str, Any]) -> ModelSizes:
         """Count ten parameters per block."""
@@ -101,12 +102,13 @@ class FakeSpanLoader:
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> FakeLoadedSpan:
         """Say that half is loaded, then that all is."""
+        self.num_begun += 1
         total = 10 * len(order.span)
         on_progress(LoadProgress("loading", total // 2, total))
         self.on_load(order)
         on_progress(LoadProgress("loading", total, total))
         executor = FakeExecutor(order.stage, len(order.span), hidden_size=self.hidden_size, on_execute=self.on_execute)
-        self.loaded.append(executor)
+        self.loaded[order.stage] = executor
         return FakeLoadedSpan(executor, weight_bytes=4 * total, kv_bytes=order.num_pages * order.page_size)
 
 
