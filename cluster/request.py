@@ -59,6 +59,11 @@ class SamplingParams:
             count = getattr(self, name)
             if count is not None and not 0 <= count <= MAX_LOGPROBS:
                 raise InvalidRequestError(f"{name} must be between 0 and {MAX_LOGPROBS}, not {count}")
+        self._validate_logit_bias(vocab_size)
+
+    def _validate_logit_bias(self, vocab_size: int) -> None:
+        if sum(bias == -math.inf for bias in self.logit_bias.values()) >= vocab_size:
+            raise InvalidRequestError("logit_bias forbids every token of the vocabulary")
         for token_id, bias in self.logit_bias.items():
             if not 0 <= token_id < vocab_size:
                 raise InvalidRequestError(f"logit_bias names token id {token_id}; the vocabulary has {vocab_size}")
