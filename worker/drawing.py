@@ -72,13 +72,14 @@ def _apply_filters(mass: Tensor, params: Sequence[SamplingParams]) -> None:
         rows = [row for row, setting in enumerate(settings) if setting]
         if rows:
             chosen = mass[rows]
-            lowest = border(chosen, torch.tensor([settings[row] for row in rows], device=mass.device))
+            of_rows = torch.tensor([settings[row] for row in rows], dtype=torch.float64, device=mass.device)
+            lowest = border(chosen, of_rows)
             mass[rows] = chosen.masked_fill_(chosen < lowest[:, None], 0)
 
 
 def _top_k_border(mass: Tensor, top_k: Tensor) -> Tensor:
     best = mass.topk(int(top_k.max()), dim=1).values
-    return best.gather(1, top_k[:, None] - 1)[:, 0]
+    return best.gather(1, top_k.long()[:, None] - 1)[:, 0]
 
 
 def _top_p_border(mass: Tensor, top_p: Tensor) -> Tensor:
