@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import profile
 
 from cluster.microbatch import Epoch, PageDelta, StepHeader, StepId
 from cluster.request import SequenceId
+from worker import attention
 from worker.attention import attend
 from worker.kv_cache import KVCache
 
@@ -150,11 +153,11 @@ models = st.builds(
 page_orders = st.permutations(range(NUM_PAGES))
 
 
-@pytest.fixture(params=[1, 2])
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@contextmanager
+def threads(number: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(number)
+    yield
     torch.set_num_threads(before)
 
 
@@ -170,12 +173,101 @@ def test_any_chunking_and_placement_computes_the_definition(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), models, st.integers(2, 300), page_orders)
+@given(st.data(), models, st.integers(2, 300), page_orders, st.sampled_from([1, 2, 3]))
 def test_exact_attention_gives_the_same_bits_for_any_chunking_and_placement(
-    data: st.DataObject, model: Model, num_tokens: int, pages: list[int]
+    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], num_threads: int
 ) -> None:
     sequence = projections(model, num_tokens, seed=num_tokens)
-    whole = run(model, new_cache(model), {0: sequence}, {0: range(NUM_PAGES)}, cut_into([num_tokens]), is_exact=True)
     steps = cut_into(data.draw(chunkings(num_tokens)))
-    cut = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=True)
+    with threads(num_threads):
+        whole = run(model, new_cache(model), {0: sequence}, {0: range(9)}, cut_into([num_tokens]), is_exact=True)
+        cut = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=True)
     assert torch.equal(whole[0], cut[0])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("model", [Model(8, 2, 64), Model(12, 12, 64, is_alibi=True), Model(8, 1, 32, window=70)])
+def test_exact_decode_gives_the_bits_of_prefill_whatever_the_neighbours(model: Model, num_threads: int) -> None:
+    sequences = {i: projections(model, 200, seed=i) for i in range(4)}
+    tables = {i: range(4 * i, 4 * i + 4) for i in range(4)}
+    whole = [Chunk(0, 0, 150)]
+    neighbours = [
+        [Chunk(1, 0, 100), Chunk(0, 0, 65), Chunk(2, 0, 3)],
+        *([Chunk(2, 3 + i, 1), Chunk(0, 65 + i, 1), Chunk(1, 100 + i, 1)] for i in range(70)),
+        [Chunk(3, 0, 190), Chunk(0, 135, 15), Chunk(1, 170, 2)],
+    ]
+    with threads(num_threads):
+        alone = run(model, new_cache(model), sequences, tables, [whole], is_exact=True)
+        among = run(model, new_cache(model), sequences, tables, neighbours, is_exact=True)
+    assert torch.equal(alone[0], among[0])
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pages", [(0, 1, 2), (5, 2, 9)])
+def test_a_16_bit_cache_rounds_keys_and_values_only(dtype: torch.dtype, is_exact: bool, pages: tuple[int, ...]) -> None:
+    model = Model(6, 3, 16)
+    sequence = projections(model, 150, seed=1)
+    rounded = Projections(sequence.query, sequence.key.to(dtype).float(), sequence.value.to(dtype).float())
+    cache = new_cache(model, dtype)
+    out = run(model, cache, {0: sequence}, {0: pages}, cut_into([100, 1, 49]), is_exact=is_exact)
+    torch.testing.assert_close(out[0], reference(model, rounded), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_computes_in_16_bits_with_a_16_bit_cache(is_exact: bool) -> None:
+    model = Model(6, 3, 16)
+    exact = projections(model, 100, seed=1)
+    sequence = Projections(exact.query.bfloat16(), exact.key.bfloat16(), exact.value.bfloat16())
+    cache = new_cache(model, torch.bfloat16)
+    out = run(model, cache, {0: sequence}, {0: (3, 1)}, cut_into([99, 1]), is_exact=is_exact)
+    assert out[0].dtype == torch.bfloat16
+    torch.testing.assert_close(out[0].float(), reference(model, exact), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("pages", [range(5), (4, 2, 9, 1, 6)])
+def test_decode_reads_no_tile_outside_the_window(is_exact: bool, pages: Sequence[int]) -> None:
+    model = Model(4, 2, 16, window=40)
+    sequence = projections(model, 300, seed=1)
+    cache = new_cache(model)
+    run(model, cache, {0: sequence}, {0: pages}, cut_into([299]), is_exact=is_exact)
+    for page in list(pages)[:4]:  # position 299 sees 260 … 299, which lie in the fifth page
+        cache.keys[0][:, page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = torch.nan
+        cache.values[0][:, page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = torch.nan
+    out = run(model, cache, {0: sequence}, {}, [[Chunk(0, 299, 1)]], is_exact=is_exact)
+    torch.testing.assert_close(out[0], reference(model, sequence)[299:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("pages", [range(5), (4, 2, 9, 1, 6)])
+def test_long_chunks_are_computed_in_tiles_with_the_same_result(
+    is_exact: bool, pages: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MAX_SCORES", 4 * 300 * 7)  # seven queries at a time
+    model = Model(4, 2, 16, window=100)
+    sequence = projections(model, 300, seed=1)
+    out = run(model, new_cache(model), {0: sequence}, {0: pages}, cut_into([300]), is_exact=is_exact)
+    torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rewritten_position_replaces_what_was_there() -> None:
+    model = Model()
+    drafted, final = projections(model, 80, seed=1), projections(model, 80, seed=2)
+    cache = new_cache(model)
+    run(model, cache, {0: drafted}, {0: (1, 0)}, cut_into([80]))
+    out = run(model, cache, {0: final}, {}, cut_into([50, 30]))
+    torch.testing.assert_close(out[0], reference(model, final), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_slots", [64, 512, 4096])
+def test_decode_of_one_run_takes_views_of_the_cache(num_slots: int) -> None:
+    model = Model(4, 2, 16)
+    cache = KVCache([2], [16], num_slots // PAGE_SIZE, PAGE_SIZE, torch.float32, "cpu")
+    sequence = projections(model, num_slots, seed=1)
+    tables = {0: range(num_slots // PAGE_SIZE)}
+    run(model, cache, {0: sequence}, tables, [[Chunk(0, 0, num_slots - 1)]])
+    with profile(profile_memory=True) as profiler:
+        run(model, cache, {0: sequence}, {}, [[Chunk(0, num_slots - 1, 1)]])
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profiler.key_averages())
+    assert allocated < 64 * 1024 + 4 * 16 * num_slots  # scores per head and slot; keys are 16 times that
