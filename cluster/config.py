@@ -1,12 +1,15 @@
 """Settings of `cluster serve`: one immutable value, validated once at the edge.
 
 Precedence: command-line flag, environment variable `SPANWISE_<FIELD>`, file (`--config`, TOML), default.
-Covers the value and its checks; `cluster.cli.settings` reads flags, environment and file.
+Covers the value, its checks, and how sizes and ports are written; `cluster.cli.settings` reads flags, environment and
+file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from cluster.errors import ConfigurationError
 
@@ -15,37 +18,52 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
+T = TypeVar("T")
+
+
+def _setting(default: T, about: str, *, unit: str = "") -> T:
+    """A field with a default and the sentence that `cluster serve --help` shows."""
+    value: T = field(default=default, metadata={"about": about, "unit": unit})
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """Everything that `cluster serve` can be told. Sizes in bytes, times in seconds."""
 
-    model: str  # alias, hub id or folder
-    revision: str = "main"
-    workers: int = 1
-    precision: str = "auto"  # storage of weights; auto: as the checkpoint
-    kv_dtype: str = "auto"  # auto: the compute dtype
-    wire_dtype: str = "auto"  # auto: fp32 where a stage computes in fp32, else bf16
-    max_context: int = 0  # 0: what the model allows, at most 4096; printed
-    host: str = "127.0.0.1"
-    port: int = DEFAULT_PORT  # 0: any free port
-    address: str = ""  # of a Ray cluster; empty: RAY_ADDRESS, else a local one
-    interface: str = ""  # network interface or address that stages listen on; empty: the node's Ray address
-    stage_ports: str = ""  # "7100-7110"; empty: any free port
-    threads: int = 0  # compute threads per worker; 0: the node's cores shared by its workers
-    gpus: float = 0.0  # GPUs per worker, as a Ray resource
-    memory: int = 0  # per worker; 0: a share of what the node has free, with a margin
-    kv_memory: int = 0  # per stage; 0: what the budget leaves, at most what max_running x max_context needs
-    exact: bool = False  # fixed reduction order everywhere
-    max_running: int = 256  # sequences admitted at once
-    max_waiting: int = 1024  # requests queued beyond that
-    max_step_tokens: int = 512  # prompt and decode tokens of one microbatch
-    inter_token_target: float = 0.5  # prompt chunks shrink to keep steps under this while others decode
-    step_timeout: float = 600.0
-    load_timeout: float = 86400.0  # without any progress: 600
-    internal_tls: str = "auto"  # auto: on as soon as workers are on several nodes
-    detach: bool = False
-    log_dir: str = ""  # empty: the state directory
-    log_json: bool = False
+    model: str = field(metadata={"about": "alias (see `cluster models`), hub id or folder", "unit": ""})
+    revision: str = _setting("main", "branch, tag or commit of a hub repository")
+    workers: int = _setting(1, "worker processes; each serves one stage")
+    precision: str = _setting("auto", "storage of weights: fp32, bf16 or fp16; auto: as the checkpoint")
+    kv_dtype: str = _setting("auto", "of keys and values: fp32, bf16 or fp16; auto: the compute dtype")
+    wire_dtype: str = _setting("auto", "between stages; auto: fp32 where a stage computes in fp32, else bf16")
+    max_context: int = _setting(0, "tokens of prompt and answer; 0: what the model allows, at most 4096")
+    host: str = _setting("127.0.0.1", "address that clients connect to; 0.0.0.0: any of this machine")
+    port: int = _setting(DEFAULT_PORT, "port that clients connect to; 0: any free one")
+    address: str = _setting(
+        "", "of a Ray cluster, or local; empty: RAY_ADDRESS, else one on this machine, else a new one"
+    )
+    interface: str = _setting("", "network interface or address that stages listen on; empty: the node's Ray address")
+    stage_ports: str = _setting("", 'ports that stages listen on, like "7100-7110"; empty: any free ones')
+    threads: int = _setting(0, "compute threads per worker; 0: the node's cores shared by its workers")
+    gpus: float = _setting(0.0, "GPUs per worker, as Ray counts them")
+    memory: int = _setting(0, "per worker; 0: a share of what the node has free, with a margin", unit="bytes")
+    kv_memory: int = _setting(
+        0, "for keys and values per stage; 0: what the budget leaves and can be used", unit="bytes"
+    )
+    exact: bool = _setting(False, "fixed reduction order everywhere: the same tokens whatever else is served")
+    max_running: int = _setting(256, "sequences generated at once")
+    max_waiting: int = _setting(1024, "requests queued beyond that; more are refused")
+    max_step_tokens: int = _setting(512, "prompt and output tokens of one microbatch")
+    inter_token_target: float = _setting(
+        0.5, "seconds; prompt chunks shrink to keep steps under it while others decode"
+    )
+    step_timeout: float = _setting(600.0, "seconds until a step that gives no result counts as lost")
+    load_timeout: float = _setting(86400.0, "seconds for downloading and loading; without any progress 600")
+    internal_tls: str = _setting("auto", "between workers: auto (as soon as they are on several nodes), on or off")
+    detach: bool = _setting(False, "serve in the background and return once ready")
+    log_dir: str = _setting("", "folder of log files; empty: in the state directory")
+    log_json: bool = _setting(False, "write log files as JSON lines")
 
     def validate(self) -> None:
         """Raise ConfigurationError naming the first setting that cannot be right."""
@@ -90,3 +108,14 @@ def parse_port_range(text: str) -> range:
     if not ports or ports[0] < 1 or ports[-1] > 65535:
         raise ConfigurationError(f"stage_ports must be a range within 1-65535, not {text!r}")
     return ports
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(name: str, text: str | int) -> int:
+    """Return bytes of "12GiB", "500 MB", "1.5T" or 4096; ConfigurationError names the setting otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
+    if match is None or match[2] not in _UNITS:
+        raise ConfigurationError(f"{name} must be a size like 12GiB, 500MB or a number of bytes, not {text!r}")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,140 @@
+"""`cluster logs`: what the processes of a run wrote, in the order of time; optionally as it comes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from cluster.cli.parameters import Json, Port
+
+if TYPE_CHECKING:
+    from cluster.logs import LogLine
+
+POLL_SECONDS = 0.3
+
+
+def logs(
+    stage: Annotated[int | None, typer.Option("--stage", help="Only this stage's worker.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new lines until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", help="How many of the latest lines.", min=0)] = 100,
+    port: Port = None,
+    json: Json = False,
+) -> None:
+    """Show the logs of the server on this machine. They hold request ids, never prompts or texts.
+
+    Examples: `cluster logs --follow`, `cluster logs --stage 1 --json | jq .message`
+    """
+    from cluster.cli.console import write
+    from cluster.cli.local_runs import find_run
+
+    folder = Path(find_run(port).log_dir)
+    tails = [Tail(path) for path in log_files(folder, stage)]
+    for entry in merge(tails)[-lines:] if lines else []:
+        write(entry.format(json) + "\n")
+    while follow:
+        known = {tail.path for tail in tails}
+        tails += [Tail(path) for path in log_files(folder, stage) if path not in known]
+        for entry in merge(tails):
+            write(entry.format(json) + "\n")
+        time.sleep(POLL_SECONDS)
+
+
+def log_files(folder: Path, stage: int | None) -> list[Path]:
+    """Return the current file of every process, or of one stage.
+
+    Raises NotFoundError when there is none on this machine.
+    """
+    from cluster.errors import NotFoundError
+
+    found = sorted(folder.glob("*.log") if stage is None else folder.glob(f"stage-{stage}.log"))
+    if not found:
+        whose = "" if stage is None else f" of stage {stage}"
+        raise NotFoundError(f"there is no log{whose} in {folder}; a stage on another node has its log there")
+    return found
+
+
+class Entry:
+    """A line of a log file, or several that belong together (a traceback)."""
+
+    def __init__(self, source: str, line: LogLine | None, text: str) -> None:
+        self.source = source
+        self._line = line
+        self._text = text
+
+    @property
+    def time(self) -> str:
+        return self._line.time if self._line else ""
+
+    def add(self, text: str) -> None:
+        self._text += f"\n{text}"
+
+    def format(self, as_json: bool) -> str:
+        """Return it as a line for a person, or as one JSON object."""
+        import json
+        from dataclasses import asdict
+
+        if not as_json:
+            return (
+                f"{self.source} | {self._line.as_text() if self._line and self._text.startswith('{') else self._text}"
+            )
+        values = asdict(self._line) if self._line else {}
+        message = self._text if not self._line else values["message"] + self._text.partition("\n")[1:][1]
+        return json.dumps({"source": self.source, **values, "message": message}, ensure_ascii=False)
+
+
+class Tail:
+    """Reads what was added to a log file since the last time, across rotation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._inode = 0
+        self._rest = ""
+
+    def new_entries(self) -> Iterator[Entry]:
+        """Yield what was added, whole lines only."""
+        from cluster.logs import read_line
+
+        entry: Entry | None = None
+        for text in self._new_lines():
+            line = read_line(text)
+            if line is None and entry is not None:
+                entry.add(text)
+                continue
+            if entry is not None:
+                yield entry
+            entry = Entry(self.path.stem, line, text)
+        if entry is not None:
+            yield entry
+
+    def _new_lines(self) -> list[str]:
+        text = self._rest + self._read() + (self._read() if self._reopen_if_rotated() else "")
+        *whole, self._rest = text.split("\n")
+        return [line for line in whole if line]
+
+    def _read(self) -> str:
+        if self._file is None:
+            self._reopen_if_rotated()
+        return self._file.read() if self._file else ""
+
+    def _reopen_if_rotated(self) -> bool:
+        try:
+            inode = self.path.stat().st_ino
+        except FileNotFoundError:
+            return False  # between the two renames of a rotation
+        if inode == self._inode:
+            return False
+        if self._file is not None:
+            self._file.close()
+        self._file, self._inode = self.path.open(encoding="utf-8", errors="replace"), inode
+        return True
+
+
+def merge(tails: list[Tail]) -> list[Entry]:
+    """Return the new entries of all files in the order of time."""
+    by_time: Callable[[Entry], str] = lambda entry: entry.time  # noqa: E731
+    return sorted((entry for tail in tails for entry in tail.new_entries()), key=by_time)
