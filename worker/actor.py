@@ -9,6 +9,7 @@ import asyncio
 import os
 import socket
 from dataclasses import dataclass, field
+from functools import partial
 
 import psutil
 import ray
@@ -19,7 +20,7 @@ from cluster.errors import ConfigurationError
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts, WorkerId, WorkerInfo
 from cluster.wire.tls import Credentials, SigningRequest
-from worker import machine
+from worker import checkpoint_client, machine
 from worker.loading import TorchSpanLoader
 from worker.numerics import isa
 from worker.server import StageServer
@@ -70,7 +71,7 @@ class WorkerActor:
         credentials = self._credentials(order)
         self._server = StageServer(
             _info(order, device, num_threads),
-            TorchSpanLoader(device),
+            TorchSpanLoader(device, partial(checkpoint_client.connect, credentials=credentials)),
             host=order.listen_address,
             ports=order.ports,
             credentials=credentials,

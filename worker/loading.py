@@ -6,6 +6,7 @@ is not loaded. Fetching and opening files is `worker.weights`' business, names a
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from cluster.model_spec import ModelSizes
 from worker.architectures import Architecture, open_architecture
 from worker.architectures.base import HEAD_KEY
 from worker.blocks import ExactActivation, count_parameters, materialize
+from worker.checkpoint_client import CheckpointReader
+from worker.checkpoint_client import connect as connect_to_checkpoints
 from worker.executor import LoadedSpan
 from worker.kv_cache import KVCache
 from worker.linear import Scratch, build_linear
@@ -32,8 +35,12 @@ READABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class TorchSpanLoader:
     """Loads spans onto one device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self, device: torch.device, connect: Callable[[str], CheckpointReader] = connect_to_checkpoints
+    ) -> None:
+        """`connect` reaches the coordinator's checkpoint service, for a folder that only the head has."""
         self._device = device
+        self._connect = connect
 
     def measure(self, config: Mapping[str, Any]) -> ModelSizes:
         """See SpanLoader; takes no memory for weights."""
@@ -56,16 +63,17 @@ class TorchSpanLoader:
         is_first, is_last = order.stage == 0, order.stage == order.num_stages - 1
         parts = architecture.parts(order.span, is_first=is_first, is_last=is_last)
         needed = _needed_names(architecture, parts, is_first=is_first)
-        with fetch_checkpoint(order, needed.__contains__, on_progress) as checkpoint:
+        with fetch_checkpoint(order, needed.__contains__, on_progress, connect=self._connect) as checkpoint:
             weights = SpanWeights(order, architecture, checkpoint, numerics, on_progress)
             weights.expect(sum(count_parameters(part) for part in parts.values()))
-            loaded = {key: materialize(part, key, weights) for key, part in parts.items()}
+            loaded = {key: _load_part(part, key, weights) for key, part in parts.items()}
             table = weights.embedding_table() if is_first else None
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
         cache = _build_cache(order, architecture, numerics)
         stage = Stage(
             stage=order.stage,
             span=order.span,
+            max_context=order.max_context,
             architecture=architecture,
             blocks=[_finish(architecture, loaded, block, numerics) for block in order.span.blocks()],
             rotary=rotary,
@@ -173,6 +181,20 @@ class SpanWeights:
     def _advance(self, num_parameters: int) -> None:
         self._bytes_done += num_parameters * self._numerics.stored.itemsize
         self._on_progress(LoadProgress("loading", self._bytes_done, self._bytes_total))
+
+
+def _load_part(part: nn.Module, key: str, weights: SpanWeights) -> nn.Module:
+    loaded = materialize(part, key, weights)
+    #_trim_heap()
+    return loaded
+
+
+def _trim_heap() -> None:
+    """Give freed memory back to the system. glibc would keep what converting took, where tensors are below its mapping
+    threshold: half as much again as the weights of TinyLlama's shape in bf16."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _check_span(order: LoadOrder, architecture: Architecture) -> None:
