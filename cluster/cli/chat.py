@@ -21,7 +21,9 @@ def chat(
 ) -> None:
     """Talk with a model. /reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer.
 
-    Example: `cluster chat --system "Answer in one sentence." --temperature 0.7`
+    Examples:
+
+    - `cluster chat --system "Answer in one sentence." --temperature 0.7`
     """
     from cluster.client import ChatMessage, Client
 

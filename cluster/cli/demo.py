@@ -23,7 +23,9 @@ def demo(
 ) -> None:
     """Cut a tiny BLOOM over three worker processes, stream text out of it, and clean up. Needs no network.
 
-    Example: `cluster demo "We the people"`
+    Examples:
+
+    - `cluster demo "We the people"`
     """
     from cluster.cli.console import stdout
     from cluster.cli.display import ClusterDisplay
@@ -96,9 +98,5 @@ class Reading:
             for piece in stream:
                 write(piece.text)
             write("\n\n")
-        summary = stream.summary
-        if summary is not None and summary.timings.decode_seconds > 0:
-            rate = summary.usage.num_completion_tokens / summary.timings.decode_seconds
-            stderr().print(
-                f"{summary.usage.num_completion_tokens} tokens, {rate:.0f} tok/s; shutting down", style="dim"
-            )
+        if stream.summary is not None:
+            stderr().print(f"{stream.summary.usage.num_completion_tokens} tokens; shutting down", style="dim")

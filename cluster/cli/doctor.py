@@ -30,7 +30,10 @@ def doctor(
 ) -> None:
     """Check this machine, or every node of a Ray cluster: versions, GPUs, disk, ports, proxies, and what to do.
 
-    Examples: `cluster doctor`, `cluster doctor --address auto --stage-ports 7100-7110`
+    Examples:
+
+    - `cluster doctor`
+    - `cluster doctor --address auto --stage-ports 7100-7110`
     """
     from cluster.cli.console import stdout
     from cluster.cli.node_facts import inspect_node
@@ -95,7 +98,8 @@ def _advise_one(facts: NodeFacts) -> list[str]:
         advice.append("there is a GPU but torch is a CPU build: install torch for CUDA to use it")
     if facts.cache_free_bytes < LOW_DISK_BYTES:
         advice.append(
-            f"only {size(facts.cache_free_bytes)} free in {facts.cache_folder}: free some, or set HF_HOME to a larger disk"
+            f"only {size(facts.cache_free_bytes)} free in {facts.cache_folder}: free some, or "
+            "set HF_HOME to a larger disk"
         )
     if facts.taken_ports:
         taken = ", ".join(str(port) for port in facts.taken_ports)

@@ -68,7 +68,7 @@ def how_to_use(config: ServeConfig) -> str:
     """Return what to do with a server that is ready."""
     address = client_address(config)
     server = "" if address == "127.0.0.1:7050" else f" --server {address}"
-    return f'ready at {address}; try: cluster generate "Once upon a time"{server}   (Ctrl-C here, or `cluster stop`, ends it)'
+    return f'ready at {address}; try: cluster generate "Once upon a time"{server}   (`cluster stop` or Ctrl-C ends it)'
 
 
 def load_server() -> Any:

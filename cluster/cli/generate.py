@@ -25,8 +25,10 @@ def generate(
 ) -> None:
     """Continue a text. It streams to stdout; progress and errors go to stderr. Ctrl-C aborts the request.
 
-    Examples: `cluster generate "The capital of France is" --max-tokens 20 --temperature 0`,
-    `cat letter.txt | cluster generate - --server node1:7050`
+    Examples:
+
+    - `cluster generate "The capital of France is" --max-tokens 20 --temperature 0`
+    - `cat letter.txt | cluster generate - --server node1:7050`
     """
     from cluster.client import Client
 

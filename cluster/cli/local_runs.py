@@ -1,4 +1,5 @@
-"""Finding the `cluster serve` of this machine through its run record. Covers choosing one and telling what became of it."""
+"""Finding the `cluster serve` of this machine through its run record. Covers choosing one and telling
+its fate."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -26,7 +27,10 @@ def logs(
 ) -> None:
     """Show the logs of the server on this machine. They hold request ids, never prompts or texts.
 
-    Examples: `cluster logs --follow`, `cluster logs --stage 1 --json | jq .message`
+    Examples:
+
+    - `cluster logs --follow`
+    - `cluster logs --stage 1 --json | jq .message`
     """
     from cluster.cli.console import write
     from cluster.cli.local_runs import find_run
@@ -58,32 +62,31 @@ def log_files(folder: Path, stage: int | None) -> list[Path]:
 
 
 class Entry:
-    """A line of a log file, or several that belong together (a traceback)."""
+    """A record of a log file: its first line and those that belong to it (a traceback)."""
 
     def __init__(self, source: str, line: LogLine | None, text: str) -> None:
         self.source = source
         self._line = line
-        self._text = text
+        self._text = text if line is None else line.as_text()
+        self._further: list[str] = []
 
     @property
     def time(self) -> str:
         return self._line.time if self._line else ""
 
     def add(self, text: str) -> None:
-        self._text += f"\n{text}"
+        self._further.append(text)
 
     def format(self, as_json: bool) -> str:
-        """Return it as a line for a person, or as one JSON object."""
+        """Return it as lines for a person, or as one JSON object."""
         import json
         from dataclasses import asdict
 
         if not as_json:
-            return (
-                f"{self.source} | {self._line.as_text() if self._line and self._text.startswith('{') else self._text}"
-            )
-        values = asdict(self._line) if self._line else {}
-        message = self._text if not self._line else values["message"] + self._text.partition("\n")[1:][1]
-        return json.dumps({"source": self.source, **values, "message": message}, ensure_ascii=False)
+            return "\n".join([f"{self.source} | {self._text}", *self._further])
+        values = {name: value for name, value in asdict(self._line).items() if value} if self._line else {}
+        message = "\n".join([values.get("message", self._text), *self._further])
+        return json.dumps({"source": self.source} | values | {"message": message}, ensure_ascii=False)
 
 
 class Tail:
@@ -136,5 +139,4 @@ class Tail:
 
 def merge(tails: list[Tail]) -> list[Entry]:
     """Return the new entries of all files in the order of time."""
-    by_time: Callable[[Entry], str] = lambda entry: entry.time  # noqa: E731
-    return sorted((entry for tail in tails for entry in tail.new_entries()), key=by_time)
+    return sorted((entry for tail in tails for entry in tail.new_entries()), key=attrgetter("time"))

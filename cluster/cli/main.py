@@ -74,7 +74,7 @@ def _cluster(
 def main() -> None:
     """Run the command line of this process."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its remarks about lost connections are ours to make
-    app()
+    app(prog_name="cluster")
 
 
 def _is_typers(error: Exception) -> bool:

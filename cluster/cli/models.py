@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 def models(server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     """List the short names of known models, and what is served at the address.
 
-    A hub id (bigscience/bloom-560m) or a folder works as well as a name. Examples: `cluster models`,
-    `cluster serve bloom-560m`
+    A hub id (bigscience/bloom-560m) or a folder works as well as a name.
+
+    Examples:
+
+    - `cluster models`
+    - `cluster serve bloom-560m`
     """
     from dataclasses import asdict
     from json import dumps

@@ -29,9 +29,11 @@ def serve(
     MODEL is a name from `cluster models`, a hub id or a folder. Every setting is also an environment variable
     (SPANWISE_WORKERS) and a key of the TOML file (workers = 3); a flag beats the variable, which beats the file.
 
-    Examples: `cluster serve bloom-tiny --workers 3`,
-    `cluster serve bigscience/bloom-7b1 --workers 4 --precision bf16 --host 0.0.0.0 --detach`,
-    `cluster serve bloom-176b --address auto --config cluster.toml`
+    Examples:
+
+    - `cluster serve bloom-tiny --workers 3`
+    - `cluster serve bigscience/bloom-7b1 --workers 4 --precision bf16 --host 0.0.0.0 --detach`
+    - `cluster serve bloom-176b --address auto --config cluster.toml`
     """
     from cluster.cli.detached import start_detached
     from cluster.cli.foreground import serve_here, with_place

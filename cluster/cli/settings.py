@@ -73,7 +73,7 @@ def _option(name: str) -> OptionSpec:
         kind=str if name in _SIZES else _KINDS[name],
         about=about[0].upper() + about[1:],
         variable=variable_of(name),
-        metavar="SIZE" if name in _SIZES else "[MODEL]" if name == "model" else None,
+        metavar="SIZE" if name in _SIZES else "MODEL" if name == "model" else None,
         is_argument=name == "model",
     )
 

@@ -10,7 +10,10 @@ from cluster.cli.parameters import DEFAULT_SERVER, Json, Server
 def status(server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     """Show state, stages, spans, precision, memory, requests and speed of a server.
 
-    Examples: `cluster status --server node1:7050`, `cluster status --json | jq .state`
+    Examples:
+
+    - `cluster status --server node1:7050`
+    - `cluster status --json | jq .state`
     """
     from dataclasses import asdict
     from json import dumps

@@ -21,7 +21,10 @@ PATIENCE_SECONDS = 15.0
 def stop(port: Port = None) -> None:
     """Stop the server that `cluster serve` started on this machine; requests under way end.
 
-    Examples: `cluster stop`, or with several servers `cluster stop --port 7051`
+    Examples:
+
+    - `cluster stop`
+    - `cluster stop --port 7051`
     """
     from cluster.cli.local_runs import find_run
     from cluster.errors import StageTimeoutError
@@ -33,8 +36,8 @@ def stop(port: Port = None) -> None:
     os.kill(record.pid, signal.SIGTERM)
     if not wait_until_gone(record, now=time.monotonic, sleep=time.sleep):
         raise StageTimeoutError(
-            f"process {record.pid} still runs {PATIENCE_SECONDS:g} s after SIGTERM; see `cluster logs --port {record.port}`, "
-            f"or end it with `kill -9 {record.pid}`"
+            f"process {record.pid} still runs {PATIENCE_SECONDS:g} s after SIGTERM; see `cluster logs --port "
+            f"{record.port}`, or end it with `kill -9 {record.pid}`"
         )
     typer.echo(f"stopped {record.model} on port {record.port}")
 
