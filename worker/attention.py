@@ -30,11 +30,12 @@ SERIAL_ELEMENTS = 16384  # below what torch splits among threads, whose shares e
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What attention does to scores, in one block."""
+    """How one block attends."""
 
     scale: float
     window: int | None
     alibi_slopes: Tensor | None
+    is_exact: bool
 
     def first_visible(self, position: int) -> int:
         """Return the first position that a token at `position` sees."""
@@ -79,7 +80,7 @@ def attend(
     """
     cache.write(block, layout, key, value)
     out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-    rules = _Rules(scale, window, alibi_slopes)
+    rules = _Rules(scale, window, alibi_slopes, is_exact)
     for slice_ in layout.slices:
         first = rules.first_visible(slice_.start_position)
         is_one_run = len(tuple(slice_.runs_between(first, slice_.context_length))) == 1
@@ -116,17 +117,22 @@ def _fused(query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, queri
 
 
 def _paged(query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, queries: range, rules: _Rules) -> Tensor:
-    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to any runs, in whole tiles of positions."""
+    """Attend with `[num_kv_heads, group, num_queries, head_dim]` to any runs, in whole tiles of positions.
+
+    The order of sums does not depend on `is_exact`, the products' own rounding does: exact ones are of padded rows.
+    """
     kv_heads, group, num_queries, head_dim = query.shape
     num_rows = group * num_queries
     rows = query.reshape(kv_heads, num_rows, head_dim).float() * rules.scale
-    rows = functional.pad(rows, (0, 0, 0, -num_rows % row_multiple(kv_heads, head_dim, torch.get_num_threads())))
+    if rules.is_exact:
+        multiple = row_multiple(kv_heads, head_dim, query.device, torch.get_num_threads())
+        rows = functional.pad(rows, (0, 0, 0, -num_rows % multiple))
     first = rules.first_visible(queries.start) // TILE * TILE
     runs = tuple(slice_.runs_between(first, -(-queries.stop // TILE) * TILE))
     scores = _scores(rows, cache.keys[block], runs)
     if rules.is_plain_decode(num_queries):
-        scores[..., : rules.first_visible(queries.start) - first] = -torch.inf
-        scores[..., queries.stop - first :] = -torch.inf
+        scores[..., : rules.first_visible(queries.start) - first].fill_(-torch.inf)
+        scores[..., queries.stop - first :].fill_(-torch.inf)
     else:
         visible = scores[:, :num_rows].view(kv_heads, group, num_queries, -1)
         visible += rules.bias(queries, range(first, first + scores.shape[2]), kv_heads, scores)
@@ -156,25 +162,26 @@ def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @memoize
-def row_multiple(num_kv_heads: int, head_dim: int, num_threads: int) -> int:
+def row_multiple(num_kv_heads: int, head_dim: int, device: torch.device, num_threads: int) -> int:
     """Return the least multiple of rows at which this machine's products give a row the same bits in any company.
 
     Raises ConfigurationError where 16 rows are not enough. `num_threads` is torch's present number of threads.
     """
     for multiple in (4, 8, 16):
-        if _is_even(multiple, num_kv_heads, head_dim):
+        if _is_even(multiple, num_kv_heads, head_dim, device):
             return multiple
     raise ConfigurationError(
-        f"this machine's products of {num_kv_heads} heads of {head_dim} round a row differently in other company "
-        f"(with {num_threads} threads): attention over scattered pages is not possible here"
+        f"products of {num_kv_heads} heads of {head_dim} on {device} ({num_threads} threads) round a row differently "
+        "when others are computed with it, so exact results are not possible here: serve without --exact"
     )
 
 
-def _is_even(multiple: int, num_kv_heads: int, head_dim: int) -> bool:
+def _is_even(multiple: int, num_kv_heads: int, head_dim: int, device: torch.device) -> bool:
     """Compare products of few and of many rows, and of one tile and of several, as `_paged` makes them."""
-    query = _waves(num_kv_heads, 128, head_dim)
-    keys, weights = _waves(num_kv_heads, 8 * TILE, head_dim), _waves(num_kv_heads, 128, TILE)
-    scores, out = query @ keys.mT, _waves(num_kv_heads, 128, head_dim)
+    query = out = _waves(device, num_kv_heads, 128, head_dim)
+    keys = _waves(device, num_kv_heads, 8 * TILE, head_dim)
+    weights = _waves(device, num_kv_heads, 128, TILE)
+    scores = query @ keys.mT
     sums = out.baddbmm(weights, keys[:, :TILE])
     for stop in (multiple, 2 * multiple, 3 * multiple, 64):
         few, part = query[:, :stop].clone(), weights[:, :stop].clone()
@@ -185,6 +192,6 @@ def _is_even(multiple: int, num_kv_heads: int, head_dim: int) -> bool:
     return True
 
 
-def _waves(*shape: int) -> Tensor:
+def _waves(device: torch.device, *shape: int) -> Tensor:
     """Return numbers without a pattern that rounding could hide behind."""
-    return torch.arange(math.prod(shape), dtype=torch.float64).square().sin().float().view(shape)
+    return torch.arange(math.prod(shape), dtype=torch.float64).square().sin().float().view(shape).to(device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from cluster.model_spec import Precision
@@ -26,9 +29,21 @@ def choose_compute_dtype(precision: Precision, device: torch.device, *, is_bf16_
     return torch.float32
 
 
-def isa(device: torch.device) -> str:
-    """Name what decides the bits of a matrix product on `device`: the instruction set, or the GPU's architecture."""
+def isa(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Name what decides the bits of a product on `device`: instruction sets and CPU vendor, or the GPU's architecture.
+
+    The vendor counts, since MKL takes other kernels on other vendors' processors.
+    """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability().lower()
+    words = [torch.backends.cpu.get_cpu_capability().lower()]
+    if has_native_bf16():
+        words.append("bf16")
+    return " ".join([*words, _cpu_vendor(cpuinfo)])
+
+
+def _cpu_vendor(cpuinfo: Path) -> str:
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    vendors = (line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id"))
+    return next(vendors, platform.machine())

@@ -144,7 +144,7 @@ def chunkings(draw: st.DrawFn, num_tokens: int) -> list[int]:
 
 models = st.builds(
     lambda kv, group, head_dim, window, is_alibi: Model(kv * group, kv, head_dim, window, is_alibi),
-    st.sampled_from([1, 2, 3]),
+    st.sampled_from([1, 2]),
     st.sampled_from([1, 2, 3, 5, 8]),
     st.sampled_from([8, 16, 64]),
     st.sampled_from([None, 1, 7, 64, 100]),
@@ -161,7 +161,7 @@ def threads(number: int) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data(), models, st.integers(2, 300), page_orders, st.booleans())
 def test_any_chunking_and_placement_computes_the_definition(
     data: st.DataObject, model: Model, num_tokens: int, pages: list[int], is_exact: bool
@@ -172,8 +172,8 @@ def test_any_chunking_and_placement_computes_the_definition(
     torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data(), models, st.integers(2, 300), page_orders, st.sampled_from([1, 2, 3]))
+@settings(max_examples=30, deadline=None)
+@given(st.data(), models, st.integers(2, 300), page_orders, st.sampled_from([1, 2]))
 def test_exact_attention_gives_the_same_bits_for_any_chunking_and_placement(
     data: st.DataObject, model: Model, num_tokens: int, pages: list[int], num_threads: int
 ) -> None:
@@ -185,16 +185,16 @@ def test_exact_attention_gives_the_same_bits_for_any_chunking_and_placement(
     assert torch.equal(whole[0], cut[0])
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("model", [Model(8, 2, 64), Model(12, 12, 64, is_alibi=True), Model(8, 1, 32, window=70)])
 def test_exact_decode_gives_the_bits_of_prefill_whatever_the_neighbours(model: Model, num_threads: int) -> None:
     sequences = {i: projections(model, 200, seed=i) for i in range(4)}
     tables = {i: range(4 * i, 4 * i + 4) for i in range(4)}
     whole = [Chunk(0, 0, 150)]
     neighbours = [
-        [Chunk(1, 0, 100), Chunk(0, 0, 65), Chunk(2, 0, 3)],
-        *([Chunk(2, 3 + i, 1), Chunk(0, 65 + i, 1), Chunk(1, 100 + i, 1)] for i in range(70)),
-        [Chunk(3, 0, 190), Chunk(0, 135, 15), Chunk(1, 170, 2)],
+        [Chunk(1, 0, 100), Chunk(0, 0, 120), Chunk(2, 0, 3)],
+        *([Chunk(2, 3 + i, 1), Chunk(0, 120 + i, 1), Chunk(1, 100 + i, 1)] for i in range(12)),
+        [Chunk(3, 0, 190), Chunk(0, 132, 18), Chunk(1, 112, 2)],
     ]
     with threads(num_threads):
         alone = run(model, new_cache(model), sequences, tables, [whole], is_exact=True)

@@ -132,21 +132,3 @@ def test_layers_share_one_scratch_of_bounded_size() -> None:
 def test_counts_the_bytes_it_stores() -> None:
     assert build(random(10, 8), random(10), Precision.FP32)[0].weight_bytes == 10 * 8 * 4 + 10 * 4
     assert build(random(10, 8), None, Precision.FP16)[0].weight_bytes == 10 * 8 * 2
-
-
-@pytest.mark.parametrize(
-    ("precision", "device", "is_bf16_native", "expected"),
-    [
-        (Precision.FP32, "cpu", True, torch.float32),
-        (Precision.BF16, "cpu", False, torch.float32),
-        (Precision.BF16, "cpu", True, torch.bfloat16),
-        (Precision.FP16, "cpu", True, torch.float32),
-        (Precision.FP16, "cuda", False, torch.float16),
-        (Precision.BF16, "cuda", False, torch.bfloat16),
-        (Precision.FP32, "cuda", False, torch.float32),
-    ],
-)
-def test_compute_dtype_follows_what_the_device_does_well(
-    precision: Precision, device: str, is_bf16_native: bool, expected: torch.dtype
-) -> None:
-    assert choose_compute_dtype(precision, torch.device(device), is_bf16_native=is_bf16_native) == expected
