@@ -56,8 +56,7 @@ def _draw_tile(logits: Tensor, params: Sequence[SamplingParams], uniforms: Tenso
     mass = masses(logits, torch.tensor(temperatures, device=logits.device))
     _apply_filters(mass, params)
     cumulative = mass.cumsum(dim=1)
-    total = cumulative[:, -1]
-    target = (uniforms * total.double()).long().minimum(total - 1)
+    target = (uniforms * cumulative[:, -1].double()).long()  # below the total: uniforms are at most 1 - 2**-53
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 

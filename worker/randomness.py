@@ -38,7 +38,7 @@ def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float
     key = _words(seeds)
     counter = np.concatenate((_words(positions), np.zeros_like(key)))
     w0, w1, _, _ = philox(counter, key)
-    bits = (w0 >> np.uint64(5)) * np.uint64(2**26) + (w1 >> np.uint64(6))
+    bits = ((w0 << _WORD_BITS) | w1) >> np.uint64(11)
     numbers: NDArray[np.float64] = bits.astype(np.float64) * 2.0**-53
     return numbers
 

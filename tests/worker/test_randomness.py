@@ -30,6 +30,11 @@ def test_generator_gives_the_published_answers(
     assert tuple(words[:, 0].tolist()) == expected
 
 
+def test_number_is_made_of_the_first_two_words() -> None:
+    w0, w1, _, _ = KNOWN_ANSWERS[0][2]
+    assert uniforms([0], [0]).tolist() == [(w0 * 2**32 + w1) // 2**11 / 2**53]
+
+
 @given(st.lists(st.tuples(WORD64, st.integers(0, 2**32)), min_size=1, max_size=20))
 def test_number_does_not_depend_on_its_company(pairs: list[tuple[int, int]]) -> None:
     together = uniforms([seed for seed, _ in pairs], [position for _, position in pairs])

@@ -253,6 +253,13 @@ def test_decoding_after_a_scored_prompt_reports_no_more_of_it() -> None:
     assert step(sampler, Part(1, 3, [token_id])).prompt_logprobs == ()
 
 
+def test_replay_across_the_end_of_the_prompt_scores_the_prompt_alone() -> None:
+    sampler = Sampler(VOCAB_SIZE)
+    params = replace(GREEDY, num_prompt_logprobs=0)
+    (found,) = step(sampler, first(1, [1, 2, 3, 4, 5], params, prompt_length=3, all_rows=True)).prompt_logprobs
+    assert [entry.token_id for entry in found.tokens] == [1, 2, 3]
+
+
 def test_replay_that_asks_for_the_last_row_alone_reports_no_prompt_logprobs() -> None:
     sampler = Sampler(VOCAB_SIZE)
     params = replace(GREEDY, num_prompt_logprobs=0)
