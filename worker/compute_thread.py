@@ -63,6 +63,7 @@ class ComputeThread:
         prepare()
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # while the thread waits it keeps no tensors and no replaced span alive
 
 
 def _do_nothing() -> None:

@@ -96,7 +96,8 @@ class Relay:
         self._slots = asyncio.Semaphore(MAX_STEPS_HELD)
         self._running: ReceivedStep | None = None  # written by the compute thread
         self._blocks_done = 0  # likewise
-        self._ticker = asyncio.create_task(self._tell_progress(progress_seconds))
+        self._progress_seconds = progress_seconds
+        self._tell_progress(None)
 
     @property
     def epoch(self) -> Epoch | None:
@@ -124,8 +125,7 @@ class Relay:
 
     async def close(self) -> None:
         """End everything but the compute thread, which the server owns."""
-        self._ticker.cancel()
-        await asyncio.gather(self._ticker, return_exceptions=True)
+        self._next_look.cancel()
         await self.close_epoch()
 
     def check_epoch(self, epoch: Epoch) -> OpenEpoch:
@@ -230,17 +230,13 @@ class Relay:
         failure = StepFailure(opened.epoch, step_id, self.stage, reason, error.message, is_stage_lost)
         opened.reports.put(failure)
 
-    async def _tell_progress(self, interval_seconds: float) -> None:
-        """Report how far a step is that is still computed at the next look."""
-        seen: ReceivedStep | None = None
-        while True:
-            await asyncio.sleep(interval_seconds)
-            step, opened = self._running, self._open
-            if step is not None and step is seen and opened is not None:
-                header, done = step.header, self._blocks_done
-                total = self._executor.num_blocks
-                opened.reports.put(StepProgress(header.epoch, header.step_id, self.stage, done, total))
-            seen = step
+    def _tell_progress(self, seen: ReceivedStep | None) -> None:
+        """Report how far a step is that was computed at the last look already, and look again later."""
+        step, opened = self._running, self._open
+        if step is not None and step is seen and opened is not None:
+            header, done, total = step.header, self._blocks_done, self._executor.num_blocks
+            opened.reports.put(StepProgress(header.epoch, header.step_id, self.stage, done, total))
+        self._next_look = self._loop.call_later(self._progress_seconds, self._tell_progress, step)
 
 
 _REFUSALS = (InvalidRequestError, InvariantError, NotReadyError, StalePlacementError)

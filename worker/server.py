@@ -6,6 +6,7 @@ Covers calls, epochs' fencing and loading; a loaded span's steps are the relay's
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -163,13 +164,13 @@ class StageServer(service_grpc.StageServiceServicer):
         self, request_iterator: AsyncIterator[service.ForwardRequest], context: Any
     ) -> AsyncIterator[service.ForwardResponse]:
         try:
-            relay = self._loaded()
             async for step in _steps(request_iterator, self._clock):
-                await relay.accept(step)
+                await self._loaded().accept(step)  # asked for every time: a stream must not keep a replaced span alive
                 header = step.header
                 yield service.ForwardResponse(epoch=epoch_to_proto(header.epoch), step_id=header.step_id)
         except InvalidRequestError as error:
-            relay.refuse(error)
+            if self._relay is not None:
+                self._relay.refuse(error)
             await abort_with(context, error)
         except Exception as error:  # likewise; the sender reports its steps as lost
             await abort_with(context, error)
@@ -201,6 +202,8 @@ class StageServer(service_grpc.StageServiceServicer):
         if self._relay is not None:
             relay, self._relay = self._relay, None
             await relay.close()
+            del relay
+            gc.collect()  # the old weights go before the new ones come: modules and tasks refer to each other
 
     async def _load(self, request: service.LoadSpanRequest) -> AsyncIterator[service.LoadSpanResponse]:
         """Load in the compute thread, repeating the latest progress at least every second."""

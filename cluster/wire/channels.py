@@ -41,7 +41,14 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),
 )
-_INTERNAL_OPTIONS = (*_SIZES, *_KEEPALIVE, ("grpc.enable_http_proxy", 0), ("grpc.max_reconnect_backoff_ms", 1_000))
+_INTERNAL_OPTIONS = (
+    *_SIZES,
+    *_KEEPALIVE,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A new epoch dials anew: it must not inherit a connection that is dying, or its back-off.
+    ("grpc.use_local_subchannel_pool", 1),
+)
 _CLIENT_OPTIONS = (
     *_SIZES,
     ("grpc.keepalive_time_ms", 20_000),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
+from cluster.errors import InvalidRequestError
 from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
 from cluster.microbatch import Epoch
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource, ModelSizes, ModelSource, Precision
@@ -101,16 +102,21 @@ def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.Loa
 
 
 def load_order_from_proto(message: stage_service_pb2.LoadSpanRequest) -> LoadOrder:
+    """Return the order. Raises InvalidRequestError for one that no coordinator of this version sends."""
+    try:
+        span, precision, config = _parse_order(message)
+    except ValueError as error:
+        raise InvalidRequestError(f"malformed order to load a span: {error}") from error
     return LoadOrder(
         stage=message.stage,
         num_stages=message.num_stages,
-        span=Span(message.first_block, message.end_block),
-        config=json.loads(message.config_json),
+        span=span,
+        config=config,
         source=_source_from_proto(message),
         checkpoint_service=message.folder.checkpoint_service,
         weight_files=tuple(CheckpointFile(f.name, f.size_bytes) for f in message.weight_files),
         weight_map=dict(message.weight_map),
-        precision=Precision(message.precision),
+        precision=precision,
         kv_dtype=message.kv_dtype,
         wire_dtype=message.wire_dtype,
         num_pages=message.num_pages,
@@ -118,6 +124,14 @@ def load_order_from_proto(message: stage_service_pb2.LoadSpanRequest) -> LoadOrd
         max_context=message.max_context,
         is_exact=message.is_exact,
         token=message.hub.token,
+    )
+
+
+def _parse_order(message: stage_service_pb2.LoadSpanRequest) -> tuple[Span, Precision, dict[str, Any]]:
+    return (
+        Span(message.first_block, message.end_block),
+        Precision(message.precision),
+        json.loads(message.config_json),
     )
 
 

@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import threading
+import weakref
 
 import grpc
 import pytest
@@ -116,6 +117,18 @@ async def test_a_load_of_a_newer_epoch_ends_one_under_way():
         release.set()
         assert "abandoned" in (await older).message
         assert (await newer)[-1].is_loaded
+
+
+async def test_a_replaced_span_is_freed_before_the_next_is_loaded_though_a_stream_is_still_open():
+    loader = FakeSpanLoader()
+    async with pipeline(1, loader) as stages:
+        await stages.callers[0].send(step(1, 1, last_stage=0))
+        await stages.callers[0].report()
+        replaced = weakref.ref(loader.loaded.pop(0))
+        is_alive = []
+        loader.on_load = lambda _: is_alive.append(replaced() is not None)
+        await stages.callers[0].load(0, 1, SECOND)
+    assert is_alive == [False]
 
 
 async def test_a_load_of_an_older_epoch_is_refused():
