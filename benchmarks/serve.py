@@ -15,8 +15,9 @@ import asyncio
 import contextlib
 import json
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -106,8 +107,8 @@ async def measure_round(served: ServedCluster, peer: Peer | None, results: Resul
 
 def make_peer(arguments: argparse.Namespace, spec: ModelSpec) -> Peer:
     """Start transformers on the same checkpoint, with all stages' threads together."""
-    is_folder = isinstance(spec.source, FolderSource)
-    model, revision = (spec.source.path, "main") if is_folder else (spec.source.repo_id, spec.source.commit)
+    source = spec.source
+    model, revision = (source.path, "main") if isinstance(source, FolderSource) else (source.repo_id, source.commit)
     num_threads = arguments.stages * arguments.threads_per_stage
     return Peer(model, revision, arguments.precision, num_threads, arguments.peer_batch)
 
@@ -121,9 +122,9 @@ def print_tables(report: dict[str, Any]) -> None:
 
 
 def rates_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Return what clients saw; milliseconds except where stated."""
-    columns = ("requests", "system", "tok/s median", "tok/s best", "ratio", "first p50", "first p99")
-    table = Table(*columns, "inter p50", "inter p95", "inter p99", title="Clients (times in ms)")
+    """Return what clients saw."""
+    columns = ("requests", "system", "tok/s", "best", "ratio", "first token p50/p99", "inter-token p50/p95/p99")
+    table = Table(*columns, title="Clients (times in ms)")
     for one in results:
         for system in ("spanwise", "transformers"):
             if system in one:
@@ -134,8 +135,12 @@ def rates_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def _cells(figures: dict[str, Any], ratio: str) -> list[str]:
     rates = figures["tokens_per_second"]
-    delays = [*figures["first_token_seconds"].values(), *figures["inter_token_seconds"].values()]
-    return [f"{rates['median']:.1f}", f"{rates['best']:.1f}", ratio, *(f"{1e3 * seconds:.0f}" for seconds in delays)]
+    delays = [_milliseconds(figures[name].values()) for name in ("first_token_seconds", "inter_token_seconds")]
+    return [f"{rates['median']:.1f}", f"{rates['best']:.1f}", ratio, *delays]
+
+
+def _milliseconds(delays: Iterable[float]) -> str:
+    return " / ".join(f"{1e3 * seconds:.0f}" for seconds in delays)
 
 
 def stages_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -155,6 +160,7 @@ def main() -> None:
     spec = resolve(arguments.model, revision=arguments.revision, token=find_token())
     sizes = (arguments.input_tokens, arguments.output_tokens, spec.vocab_size)
     results = [Results(Workload(concurrency, *sizes)) for concurrency in arguments.concurrency]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `timeout` ends the cluster, too
     command = asyncio.run(measure(arguments, spec, results))
     report = {
         "machine": describe_machine(),

@@ -60,7 +60,14 @@ async def serving(arguments: Sequence[str], load_seconds: float) -> AsyncIterato
     environment = os.environ | {"RAY_ADDRESS": "local"}
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            program, *cluster.command[1:], "--port", str(port), stdout=log, stderr=log, env=environment
+            program,
+            *cluster.command[1:],
+            "--port",
+            str(port),
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
         )
         try:
             await _ready(cluster, process, load_seconds)
