@@ -185,7 +185,7 @@ class SpanWeights:
 
 def _load_part(part: nn.Module, key: str, weights: SpanWeights) -> nn.Module:
     loaded = materialize(part, key, weights)
-    #_trim_heap()
+    _trim_heap()
     return loaded
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import ConfigurationError
+from cluster.errors import ConfigurationError, InvariantError
 from cluster.microbatch import StepHeader, StepResult
 from cluster.span import Span
 from worker.architectures import Architecture
@@ -67,6 +67,7 @@ class Stage:
         *,
         stage: int,
         span: Span,
+        max_context: int,
         architecture: Architecture,
         blocks: Sequence[nn.Module],
         rotary: tuple[Tensor, Tensor] | None,
@@ -76,7 +77,7 @@ class Stage:
         exit_: Exit | None,
     ) -> None:
         """`entrance` is given to the first stage and `exit_` to the last; a model of one stage has both."""
-        self._stage, self._span, self._architecture = stage, span, architecture
+        self._stage, self._span, self._max_context, self._architecture = stage, span, max_context, architecture
         self._blocks, self._rotary, self._cache, self._numerics = tuple(blocks), rotary, cache, numerics
         self._entrance, self._exit = entrance, exit_
 
@@ -89,6 +90,7 @@ class Stage:
         self, header: StepHeader, tensors: Mapping[str, Tensor], on_block: Callable[[int], None]
     ) -> StageOutput:
         """See Executor. Rows of all slices are packed: hidden states are `[1, num_tokens, hidden_size]`, unpadded."""
+        self._check_positions(header)
         self._cache.apply(header)
         if self._exit:
             self._exit.sampler.apply(header)
@@ -104,6 +106,15 @@ class Stage:
         self._cache.clear()
         if self._exit:
             self._exit.sampler.clear()
+
+    def _check_positions(self, header: StepHeader) -> None:
+        """Raise before a rotary angle or a learned row that is not there is looked up, which a GPU does not survive."""
+        for sequence_id, start, length in zip(header.sequence_ids, header.start_positions, header.lengths, strict=True):
+            if start + length > self._max_context:
+                raise InvariantError(
+                    f"sequence {sequence_id} reaches position {start + length}, but stage {self._stage} was loaded for "
+                    f"contexts of {self._max_context} tokens: coordinator and stage disagree; please report"
+                )
 
     def _enter(self, header: StepHeader, tensors: Mapping[str, Tensor], positions: Tensor) -> Tensor:
         numerics = self._numerics

@@ -25,8 +25,8 @@ from worker.loading import TorchSpanLoader
 from worker.stage import Exit
 
 EPOCH = Epoch(1, 1)
-PAGE_SIZE = 8
-NUM_PAGES = 96
+PAGE_SIZE = 64
+NUM_PAGES = 64
 
 
 def make_order(folder: Path, stage: int = 0, num_stages: int = 1, **changes: Any) -> LoadOrder:

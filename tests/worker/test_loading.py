@@ -16,7 +16,7 @@ from cluster.load_order import LoadProgress
 from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 from cluster.span import Span
 from tests.checkpoints import CONFIGS, VOCAB_SIZE, make_checkpoint, write_weights
-from tests.worker.pipeline_driver import load_pipeline, load_span, make_order
+from tests.worker.pipeline_driver import NUM_PAGES, PAGE_SIZE, load_pipeline, load_span, make_order
 from worker.loading import TorchSpanLoader
 
 
@@ -75,10 +75,26 @@ def test_weights_take_the_bytes_of_their_precision(
     assert loaded.compute_dtype == "fp32"
 
 
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_loading_leaves_little_more_memory_taken_than_the_weights(tmp_path: Path, precision: Precision) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "num_key_value_heads": 4}
+    folder = make_checkpoint(tmp_path, "llama", sizes)
+    before = anonymous_bytes()
+    loaded = load_span(make_order(folder, precision=precision))
+    assert loaded.weight_bytes > 35_000_000
+    assert anonymous_bytes() - before < 1.2 * loaded.weight_bytes
+
+
+def anonymous_bytes() -> int:
+    """Return this process's memory that is no file's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def test_the_cache_takes_the_bytes_of_its_dtype(folder: Path) -> None:
     wide = load_span(make_order(folder))
     narrow = load_span(make_order(folder, kv_dtype="bf16", wire_dtype="bf16"))
-    assert wide.kv_bytes == 2 * narrow.kv_bytes == 96 * 8 * 3 * (2 * 2 * 8) * 4
+    assert wide.kv_bytes == 2 * narrow.kv_bytes == NUM_PAGES * PAGE_SIZE * 3 * (2 * 2 * 8) * 4
     assert (wide.kv_dtype, narrow.kv_dtype) == ("fp32", "bf16")
     assert (wide.wire_dtype, narrow.wire_dtype) == ("fp32", "bf16")
 

@@ -18,8 +18,8 @@ from tests.checkpoints import CONFIGS, VOCAB_SIZE, make_checkpoint
 from tests.worker.pipeline_driver import PipelineDriver, load_pipeline, recorded_logits
 from tests.worker.references import Greedy, generate, load_reference
 
-PROMPT_LENGTHS = (1, 6, 70)  # one token, less than a chunk, several chunks and pages
-CHUNK = 16
+PROMPT_LENGTHS = (1, 6, 150)  # one token, less than a chunk, several chunks and pages
+CHUNK = 40
 MAX_TOKENS = 8
 BLOOM_TINY = Path(cluster.models.__file__).parent / "bloom-tiny"
 
@@ -135,8 +135,8 @@ def test_sixteen_sequences_that_arrive_at_different_moments_equal_transformers(
 ) -> None:
     folder = case(architecture).folder
     model, pipeline = load_reference(folder), load_pipeline(folder, 2)
-    prompts = [make_prompt(1 + (7 * index) % 33, seed=index) for index in range(16)]
-    sequences = serve_with_arrivals(pipeline, prompts, chunk=5)
+    prompts = [make_prompt(1 + (37 * index) % 81, seed=index) for index in range(16)]
+    sequences = serve_with_arrivals(pipeline, prompts, chunk=19)
     for prompt, sequence_id in zip(prompts, sequences, strict=True):
         assert pipeline.sequences[sequence_id].sampled == generate(model, prompt, MAX_TOKENS).token_ids
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.errors import ConfigurationError, StalePlacementError
+from cluster.errors import ConfigurationError, InvariantError, StalePlacementError
 from tests.checkpoints import make_checkpoint
-from tests.worker.pipeline_driver import PipelineDriver, load_pipeline, load_span, make_order, recorded_logits
+from tests.worker.pipeline_driver import load_pipeline, load_span, make_order, recorded_logits
 from worker.stage import HIDDEN_STATES
 
 PROMPT = [5, 200, 31, 77, 9, 140, 66]
@@ -121,6 +121,10 @@ def mapped_files(address: int) -> set[Path]:
     return found
 
 
-def test_every_step_runs_on_stages_of_unequal_spans(folder: Path) -> None:
-    whole = load_pipeline(folder).generate(PROMPT, 3)
-    assert PipelineDriver([load_span(make_order(folder)).executor]).generate(PROMPT, 3, chunk=2) == whole
+def test_a_position_beyond_the_context_is_an_error_before_anything_is_computed(folder: Path) -> None:
+    driver = load_pipeline(folder, max_context=8)
+    sequence_id = driver.add(PROMPT)
+    driver.step({sequence_id: 7})
+    driver.step({sequence_id: 1})
+    with pytest.raises(InvariantError, match=f"sequence {sequence_id} reaches position 9.*contexts of 8 tokens"):
+        driver.step({sequence_id: 1})
