@@ -31,6 +31,7 @@ class RunRecord:
     log_dir: str
     state: RunState = "starting"
     message: str = ""  # why it failed
+    worker_ids: tuple[str, ...] = ()  # by stage, once known; a worker's log is named after it
 
     @property
     def port(self) -> int:
@@ -70,8 +71,9 @@ class RunStore:
     def read(self, port: int) -> RunRecord | None:
         """Return the last run on a port, dead or alive; None when there is none or its file is damaged."""
         try:
-            return RunRecord(**json.loads(self._path(port).read_text()))
-        except (OSError, ValueError, TypeError):
+            values = json.loads(self._path(port).read_text())
+            return RunRecord(**values | {"worker_ids": tuple(values["worker_ids"])})
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def all(self) -> Iterator[RunRecord]:

@@ -116,15 +116,17 @@ class RecordKeeper:
         from cluster.client.values import read_cluster
 
         state = read_cluster(cluster).state
+        was_ready = self._record.state == "ready"
+        workers = tuple(stage.worker_id for stage in cluster.stages)
         if state == "failed":
-            self._change("failed", cluster.message)
-        if state != "ready" or self._record.state == "ready":
-            return False
-        self._change("ready")
-        return True
+            self._change("failed", cluster.message, workers)
+        else:
+            self._change("ready" if state == "ready" or was_ready else "starting", workers=workers)
+        return state == "ready" and not was_ready
 
-    def _change(self, state: RunState, message: str = "") -> None:
-        changed = replace(self._record, state=state, message=message)
+    def _change(self, state: RunState, message: str = "", workers: tuple[str, ...] | None = None) -> None:
+        worker_ids = self._record.worker_ids if workers is None else workers
+        changed = replace(self._record, state=state, message=message, worker_ids=worker_ids)
         if changed != self._record:
             self._record = changed
             self._store.write(changed)

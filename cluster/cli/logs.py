@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
@@ -14,6 +15,7 @@ from cluster.cli.parameters import Json, Port
 
 if TYPE_CHECKING:
     from cluster.logs import LogLine
+    from cluster.runs import RunRecord
 
 POLL_SECONDS = 0.3
 
@@ -35,29 +37,39 @@ def logs(
     from cluster.cli.console import write
     from cluster.cli.local_runs import find_run
 
-    folder = Path(find_run(port).log_dir)
-    tails = [Tail(path) for path in log_files(folder, stage)]
-    for entry in merge(tails)[-lines:] if lines else []:
-        write(entry.format(json) + "\n")
-    while follow:
-        known = {tail.path for tail in tails}
-        tails += [Tail(path) for path in log_files(folder, stage) if path not in known]
-        for entry in merge(tails):
-            write(entry.format(json) + "\n")
-        time.sleep(POLL_SECONDS)
+    record = find_run(port)
+    tails: dict[Path, Tail] = {}
+    with ExitStack() as stack:
+        is_first = True
+        while is_first or follow:
+            for path in log_files(record, stage):
+                if path not in tails:
+                    tails[path] = stack.enter_context(closing(Tail(path)))
+            entries = merge(tails.values())
+            for entry in entries[max(0, len(entries) - lines) if is_first else 0 :]:
+                write(entry.format(json) + "\n")
+            is_first = False
+            if follow:
+                time.sleep(POLL_SECONDS)
 
 
-def log_files(folder: Path, stage: int | None) -> list[Path]:
-    """Return the current file of every process, or of one stage.
+def log_files(record: RunRecord, stage: int | None) -> list[Path]:
+    """Return the current file of every process of a run, or of one stage's worker.
 
     Raises NotFoundError when there is none on this machine.
     """
     from cluster.errors import NotFoundError
 
-    found = sorted(folder.glob("*.log") if stage is None else folder.glob(f"stage-{stage}.log"))
+    folder = Path(record.log_dir)
+    if stage is None:
+        found = sorted(folder.glob("*.log"))
+    elif stage < len(record.worker_ids):
+        found = sorted(folder.glob(f"worker-{record.worker_ids[stage]}.log"))
+    else:
+        raise NotFoundError(f"{record.model} has {len(record.worker_ids)} stages so far, numbered from 0: no {stage}")
     if not found:
         whose = "" if stage is None else f" of stage {stage}"
-        raise NotFoundError(f"there is no log{whose} in {folder}; a stage on another node has its log there")
+        raise NotFoundError(f"there is no log{whose} in {folder} here; a worker on another node has its log there")
     return found
 
 
@@ -98,6 +110,10 @@ class Tail:
         self._inode = 0
         self._rest = ""
 
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
     def new_entries(self) -> Iterator[Entry]:
         """Yield what was added, whole lines only."""
         from cluster.logs import read_line
@@ -131,12 +147,11 @@ class Tail:
             return False  # between the two renames of a rotation
         if inode == self._inode:
             return False
-        if self._file is not None:
-            self._file.close()
+        self.close()
         self._file, self._inode = self.path.open(encoding="utf-8", errors="replace"), inode
         return True
 
 
-def merge(tails: list[Tail]) -> list[Entry]:
+def merge(tails: Iterable[Tail]) -> list[Entry]:
     """Return the new entries of all files in the order of time."""
     return sorted((entry for tail in tails for entry in tail.new_entries()), key=attrgetter("time"))

@@ -142,7 +142,8 @@ class _Stream:
         except grpc.aio.AioRpcError as error:
             raise error_of_call(error, self._settings.address) from error
         except asyncio.CancelledError:
-            if self._is_closed:
+            task = asyncio.current_task()
+            if self._is_closed and not (task and task.cancelling()):
                 raise self._closed_here() from None
             raise
         return None if response is grpc.aio.EOF else response
