@@ -180,12 +180,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     arguments = parser.parse_args()
 
+    machine = describe_machine()
     figures = measure(arguments)
     if arguments.json:
-        report = {"machine": describe_machine(), "benchmark": shlex.join(sys.argv), "results": figures}
+        report = {"machine": machine, "benchmark": shlex.join(sys.argv), "results": figures}
         print(json.dumps(report, indent=1))
     else:
-        Console().print(describe_machine(), make_table(figures))
+        Console().print(machine, make_table(figures))
 
 
 def _integers(text: str) -> list[int]:

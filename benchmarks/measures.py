@@ -99,7 +99,7 @@ def _summarize_stage(windows: Sequence[StageWindow]) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a reader must know of the machine to compare figures."""
+    """Return what a reader must know of the machine to compare figures; call it before measuring, for the load."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
@@ -108,4 +108,5 @@ def describe_machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "load_average": os.getloadavg()[0],
     }

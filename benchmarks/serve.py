@@ -161,9 +161,10 @@ def main() -> None:
     sizes = (arguments.input_tokens, arguments.output_tokens, spec.vocab_size)
     results = [Results(Workload(concurrency, *sizes)) for concurrency in arguments.concurrency]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `timeout` ends the cluster, too
+    machine = describe_machine()
     command = asyncio.run(measure(arguments, spec, results))
     report = {
-        "machine": describe_machine(),
+        "machine": machine,
         "benchmark": shlex.join(sys.argv),
         "command": command,
         "input_tokens": arguments.input_tokens,
