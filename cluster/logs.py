@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+
+from cluster.runs import state_directory
 
 MAX_FILE_BYTES = 10 * 1000 * 1000
 NUM_OLD_FILES = 5
@@ -43,9 +46,10 @@ class LogLine:
 def configure_logging(directory: str | Path, name: str, *, json: bool = False, level: str = "INFO") -> Path:
     """Send this process's log records to `<directory>/<name>.log`, created if missing; return the file's path.
 
-    Replaces what was set up before, so a process that starts anew does not write everything twice.
+    An empty directory means `logs` in the state directory. Replaces what was set up before, so a process that starts
+    anew does not write everything twice.
     """
-    path = Path(directory) / f"{name}.log"
+    path = Path(directory or state_directory(os.environ) / "logs") / f"{name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = RotatingFileHandler(path, maxBytes=MAX_FILE_BYTES, backupCount=NUM_OLD_FILES, encoding="utf-8")
     handler.setFormatter(_LineFormatter(is_json=json))

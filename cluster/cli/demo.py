@@ -70,10 +70,11 @@ class Reading:
             self._thread.start()
 
     def result(self, status: int) -> int:
-        """Return the exit status once the cluster has ended with `status`; raises what went wrong with the text."""
+        """Return the exit status once the cluster has ended with `status`; raises what went wrong with the text,
+        unless the cluster itself failed, which explains it."""
         if self._thread is not None:
             self._thread.join(timeout=5.0)
-        if self._error is not None and status not in (0, 130):
+        if self._error is not None and not status:
             raise self._error
         return 0 if self._is_done else status or 130
 

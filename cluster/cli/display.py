@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -102,7 +103,8 @@ class ClusterDisplay:
 
 def loading_table(cluster: ClusterStatus, time_left: TimeLeft) -> Table:
     """Return the table of a cluster that loads."""
-    table = Table("stage", "node", "blocks", "state", "bytes", "time left", title=f"loading {cluster.model.name}")
+    columns = ("stage", "node", "blocks", "state", "bytes", "time left")
+    table = Table(*columns, title=f"loading {cluster.model.name}", title_justify="left", box=SIMPLE_HEAD)
     for stage in cluster.stages:
         left = time_left.of(stage)
         row = (str(stage.stage), stage.node_name, _blocks(stage), stage.state, _bytes_done(stage))
@@ -113,7 +115,10 @@ def loading_table(cluster: ClusterStatus, time_left: TimeLeft) -> Table:
 def cluster_table(cluster: ClusterStatus) -> Table:
     """Return the table that `cluster status` prints."""
     table = Table(
-        *("stage", "node", "device", "blocks", "precision", "weights", "KV cache", "memory free", "busy", "state"),
+        *("stage", "node", "device", "blocks", "precision", "weights", "KV cache", "free", "busy", "state"),
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
         title=Text(_headline(cluster), style=_COLOURS.get(cluster.state, "")),
         caption=_load(cluster),
         title_justify="left",
@@ -122,8 +127,7 @@ def cluster_table(cluster: ClusterStatus) -> Table:
     for stage in cluster.stages:
         table.add_row(
             *(str(stage.stage), stage.node_name, stage.device, _blocks(stage), stage.numerics.precision),
-            *(size(stage.weight_bytes), size(stage.kv_bytes)),
-            f"{size(stage.free_memory_bytes)} of {size(stage.total_memory_bytes)}",
+            *(size(stage.weight_bytes), size(stage.kv_bytes), size(stage.free_memory_bytes)),
             f"{stage.busy_share:.0%}",
             f"{stage.state} {stage.message}".rstrip(),
             style=_COLOURS.get(stage.state) if stage.state == "lost" else None,

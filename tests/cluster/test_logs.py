@@ -45,6 +45,11 @@ def test_level_is_respected(tmp_path):
     assert path.read_text() == ""
 
 
+def test_no_directory_means_the_state_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert configure_logging("", "a") == tmp_path / "spanwise" / "logs" / "a.log"
+
+
 def test_setting_up_again_replaces_the_file(tmp_path):
     first = configure_logging(tmp_path, "a")
     second = configure_logging(tmp_path, "b")

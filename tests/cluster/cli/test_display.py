@@ -1,0 +1,92 @@
+import io
+
+from rich.console import Console
+
+from cluster.cli.console import duration, size
+from cluster.cli.display import ClusterDisplay, TimeLeft, cluster_table
+from cluster.client.values import read_cluster
+from cluster.rpc.v1 import generation_service_pb2 as service
+from cluster.testing.generation import ready_status
+
+
+def downloading(num_bytes, *, total=1000):
+    status = ready_status(num_stages=1)
+    status.state = service.CLUSTER_STATE_LOADING
+    status.stages[0].state = service.STAGE_STATE_DOWNLOADING
+    status.stages[0].progress_bytes = num_bytes
+    status.stages[0].progress_total_bytes = total
+    return status
+
+
+def console_of(*, is_terminal):
+    return Console(file=io.StringIO(), force_terminal=is_terminal, width=80, color_system=None)
+
+
+def test_time_left_follows_from_the_rate_since_the_state_was_first_seen():
+    now = [10.0]
+    time_left = TimeLeft(lambda: now[0])
+    assert time_left.of(read_cluster(downloading(100)).stages[0]) is None
+    now[0] = 14.0
+    assert time_left.of(read_cluster(downloading(300)).stages[0]) == 14.0
+    assert time_left.of(read_cluster(downloading(300, total=0)).stages[0]) is None
+
+
+def test_elsewhere_than_in_a_terminal_a_line_per_tenth_and_per_state():
+    console = console_of(is_terminal=False)
+    with ClusterDisplay(console) as display:
+        for num_bytes in (0, 10, 50, 150, 190, 1000):
+            display.show(downloading(num_bytes))
+        display.show(ready_status(num_stages=1))
+        display.show(ready_status(num_stages=1))
+    lines = console.file.getvalue().splitlines()
+    assert lines[:3] == [
+        "stage 0 on node-a: downloading 0 B of 1000 B",
+        "stage 0 on node-a: downloading 150 B of 1000 B",
+        "stage 0 on node-a: downloading 1000 B of 1000 B",
+    ]
+    assert sum("fake (bloom" in line for line in lines) == 1
+
+
+def test_terminal_shows_a_table_that_goes_away_when_ready():
+    console = console_of(is_terminal=True)
+    now = [0.0]
+    with ClusterDisplay(console, now=lambda: now[0]) as display:
+        display.show(downloading(100))
+        now[0] = 1.0
+        display.show(downloading(200))
+        loading = console.file.getvalue()
+        display.show(ready_status())
+    assert "200 B of 1000 B" in loading
+    assert "8 s" in loading
+    assert "ready" in console.file.getvalue()
+
+
+def test_table_of_a_small_cluster_fits_80_columns():
+    console = console_of(is_terminal=False)
+    console.print(cluster_table(read_cluster(ready_status())))
+    text = console.file.getvalue()
+    assert "precision" in text
+    assert "3.0 MiB" in text
+    assert "4.0 GiB" in text
+
+
+def test_failure_is_told_with_its_stage():
+    status = ready_status()
+    status.state = service.CLUSTER_STATE_FAILED
+    status.message = "stage 1 is lost"
+    status.stages[1].state = service.STAGE_STATE_LOST
+    console = console_of(is_terminal=False)
+    with ClusterDisplay(console) as display:
+        display.show(status)
+    assert "stage 1 is lost" in console.file.getvalue()
+
+
+def test_sizes_and_times_are_for_people():
+    assert [size(n) for n in (0, 1023, 1024, 5 * 2**30, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
+    assert [duration(n) for n in (0.4, 59, 61, 3661)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
