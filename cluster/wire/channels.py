@@ -27,6 +27,7 @@ _KEEPALIVE = (
     # A neighbour whose machine vanished without closing its sockets is noticed within the sum of the two.
     ("grpc.keepalive_time_ms", 2_500),
     ("grpc.keepalive_timeout_ms", 2_000),
+    ("grpc.http2.ping_timeout_ms", 2_000),  # left out, it is 60 s and the keepalive's timeout has no effect (gRPC 1.85)
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
@@ -53,6 +54,7 @@ _CLIENT_OPTIONS = (
     *_SIZES,
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
 )
 

@@ -1,3 +1,6 @@
+import asyncio
+from contextlib import asynccontextmanager
+
 import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -83,6 +86,39 @@ async def test_a_foreign_address_is_not_listened_on():
     with pytest.raises(ConfigurationError, match=r"192\.0\.2\.1 is not an address of this machine"):
         bind(server, "192.0.2.1", range(0), None)
     await server.stop(None)
+
+
+@asynccontextmanager
+async def silenceable(address: str):
+    """Pass bytes to `address` from another port until the event that is yielded, too, is cleared: then swallow them."""
+    is_passing = asyncio.Event()
+    is_passing.set()
+    host, _, port = address.rpartition(":")
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65536):
+            if is_passing.is_set():
+                writer.write(data)
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+
+    async with await asyncio.start_server(connect, host, 0) as server:
+        yield "{}:{}".format(*server.sockets[0].getsockname()), is_passing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(15)
+async def test_a_peer_that_falls_silent_without_closing_is_noticed(address):
+    async with silenceable(address) as (through, is_passing), open_channel(through) as channel:
+        stream = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert (await stream.read()).status == SERVING
+        is_passing.clear()
+        with pytest.raises(grpc.aio.AioRpcError) as lost:
+            await stream.read()
+    assert lost.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
 async def test_an_internal_channel_uses_no_proxy(address, monkeypatch):
