@@ -61,7 +61,7 @@ class ClusterDisplay:
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self._console.print(Text(text, style="dim"))
+        self._console.print(Text(text, style="dim"), soft_wrap=True)
 
     def show(self, message: service.DescribeClusterResponse) -> None:
         """Show the latest description; costs nothing when it looks like the one before."""
@@ -138,7 +138,7 @@ def cluster_table(cluster: ClusterStatus) -> Table:
 def _headline(cluster: ClusterStatus) -> str:
     model = cluster.model
     name = f"{model.name} ({model.architecture}, context {model.max_context})" if model.name else "cluster"
-    return f"{name}: {cluster.state}" + (f": {cluster.message}" if cluster.message else "")
+    return f"{name}: {cluster.state}" + (f": {cluster.message}" if cluster.message not in ("", cluster.state) else "")
 
 
 def _load(cluster: ClusterStatus) -> str:

@@ -46,13 +46,15 @@ def _stream(client: Client, prompt: str, options: dict[str, Any]) -> None:
     from cluster.cli.progress import RequestProgress
 
     with RequestProgress(stderr()) as progress, client.generate(prompt, on_progress=progress.show, **options) as pieces:
+        line_end = ""
         try:
             for piece in pieces:
                 if piece.text:
                     progress.clear()
                     write(piece.text)
+                    line_end = "\n"
         finally:
-            write("\n")
+            write(line_end)
 
 
 def _print_whole(client: Client, prompt: str, options: dict[str, Any], *, json: bool) -> None:

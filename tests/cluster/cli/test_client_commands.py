@@ -136,6 +136,11 @@ def test_generate_tells_an_error_and_keeps_what_came(run):
     assert "the queue is full" in result.stderr
 
 
+def test_generate_writes_nothing_to_stdout_when_nothing_came(run):
+    with FakeGenerationServer([OverloadedError("full")]) as server:
+        assert run("generate", "x", "--server", server.address).stdout == ""
+
+
 def test_ctrl_c_aborts_the_request_and_exits_with_130():
     with FakeGenerationServer([text("begun"), SILENCE]) as server:
         command = [sys.executable, "-m", "cluster.cli", "generate", "x", "--server", server.address]
