@@ -67,7 +67,7 @@ class TorchSpanLoader:
             weights = SpanWeights(order, architecture, checkpoint, numerics, on_progress)
             weights.expect(sum(count_parameters(part) for part in parts.values()))
             loaded = {key: _load_part(part, key, weights) for key, part in parts.items()}
-            table = weights.embedding_table() if is_first else None
+            entrance = Entrance(weights.embedding_table(), loaded[""]) if is_first else None
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
         cache = _build_cache(order, architecture, numerics)
         stage = Stage(
@@ -79,17 +79,11 @@ class TorchSpanLoader:
             rotary=rotary,
             cache=cache,
             numerics=numerics,
-            entrance=Entrance(table, loaded[""]) if table is not None else None,
+            entrance=entrance,
             exit_=_build_exit(architecture, loaded) if is_last else None,
         )
-        return LoadedSpan(
-            executor=stage,
-            weight_bytes=weights.weight_bytes + sum(table.nbytes for table in rotary or ()),
-            kv_bytes=cache.size_bytes,
-            compute_dtype=_name(numerics.compute),
-            wire_dtype=_name(numerics.wire),
-            kv_dtype=_name(cache.keys[0].dtype),
-        )
+        weight_bytes = weights.weight_bytes + sum(table.nbytes for table in rotary or ())
+        return _describe(stage, weight_bytes, cache, numerics)
 
 
 class SpanWeights:
@@ -152,7 +146,7 @@ class SpanWeights:
         names = self._architecture.checkpoint_keys(key)
         name = next((name for name in names if name in self._names), None)
         if name is None:
-            raise ConfigurationError(f"the checkpoint lacks tensor {names[0]}: it is not in {self._files_text()}")
+            raise ConfigurationError(f"the checkpoint lacks tensor {' or '.join(names)}: not in {self._files_text()}")
         found = self._checkpoint.tensor(name)
         file = self._order.weight_map.get(name) or self._files_text()
         if tuple(found.shape) != shape:
@@ -237,6 +231,17 @@ def _finish(
 
 def _build_exit(architecture: Architecture, loaded: Mapping[str, nn.Module]) -> Exit:
     return Exit(loaded[architecture.norm_key], loaded[HEAD_KEY], Sampler(architecture.vocab_size))
+
+
+def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNumerics) -> LoadedSpan:
+    return LoadedSpan(
+        executor=stage,
+        weight_bytes=weight_bytes,
+        kv_bytes=cache.size_bytes,
+        compute_dtype=_name(numerics.compute),
+        wire_dtype=_name(numerics.wire),
+        kv_dtype=_name(cache.keys[0].dtype),
+    )
 
 
 def _name(dtype: torch.dtype) -> str:

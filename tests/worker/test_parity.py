@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cluster.models
 from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 from cluster.request import SequenceId
-from tests.checkpoints import CONFIGS, VOCAB_SIZE, make_checkpoint
+from tests.checkpoints import CONFIGS, VOCAB_SIZE, make_checkpoint, write_weights
 from tests.worker.pipeline_driver import PipelineDriver, load_pipeline, recorded_logits
 from tests.worker.references import Greedy, generate, load_reference
 
@@ -181,6 +183,28 @@ def test_bf16_storage_equals_transformers_with_rounded_weights(
     pipeline = load_pipeline(folder, 2, precision=Precision.BF16)
     expected = generate(load_reference(folder, is_rounded_to_bf16=True), make_prompt(30), MAX_TOKENS)
     assert_parity(pipeline, make_prompt(30), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("has_embedding", [True, False], ids=["both", "head alone"])
+def test_a_head_beside_a_config_that_ties_it_counts_as_in_transformers(
+    tmp_path: Path, architecture: str, has_embedding: bool
+) -> None:
+    folder = make_checkpoint(tmp_path, architecture)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if not has_embedding:
+        tensors = load_file(folder / "model.safetensors")
+        write_weights(
+            folder,
+            {
+                name: value
+                for name, value in tensors.items()
+                if not name.endswith(("embed_tokens.weight", "embed_in.weight"))
+            },
+        )
+    expected = generate(load_reference(folder), make_prompt(12), MAX_TOKENS)
+    assert_parity(load_pipeline(folder, 2), make_prompt(12), expected)
 
 
 def test_every_supported_architecture_has_a_checkpoint() -> None:

@@ -43,6 +43,7 @@ class Architecture:
     blocks_key: ClassVar[str] = "layers."
     embedding_key: ClassVar[str] = "embed_tokens.weight"
     norm_key: ClassVar[str] = "norm."
+    head_keys: ClassVar[tuple[str, ...]] = (HEAD_KEY + "weight",)  # names of an untied head, without prefix
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -68,11 +69,17 @@ class Architecture:
 
     def checkpoint_keys(self, key: str) -> tuple[str, ...]:
         """Return the names that a checkpoint may use for `key`, the likeliest first."""
+        names = (self.prefix + key, key)
         if key == HEAD_KEY + "weight":
-            if not self.config.tie_word_embeddings:
-                return (key,)
-            key = self.embedding_key
-        return self.prefix + key, key
+            return (*self.head_keys, *self._if_tied(self.embedding_key, self.prefix + self.embedding_key))
+        if key == self.embedding_key:
+            return (*names, *self._if_tied(*self.head_keys))
+        return names
+
+    def _if_tied(self, *names: str) -> tuple[str, ...]:
+        """Return the names under which one of embedding and head stands for the other. As in transformers, a head of
+        its own in the checkpoint counts, whatever the config says."""
+        return names if self.config.tie_word_embeddings else ()
 
     def rotary_table(self, num_positions: int, dtype: torch.dtype, device: torch.device | str) -> Rotary | None:
         """Return cos and sin, each `[num_positions, rotary_dim]`, by transformers' own formula."""
