@@ -104,7 +104,7 @@ class Downstream:
                 left_ms = max(0, int((step.expires - self._clock.now()) * 1000))
                 for message in _messages(replace(step.header, deadline_ms=left_ms), step.tensors):
                     await call.write(message)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except (grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
             pass  # the stream broke: its reading end says why
         except Exception as error:  # a step that cannot be put into messages must not vanish
             on_broken(as_spanwise_error(error))
