@@ -336,7 +336,7 @@ def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threadi
     """Watch until told to stop or until the cluster can no longer serve."""
     deaths: dict[Any, _Member | None] = {member.actor.wait_stopped.remote(): member for member in deployment.members}
     deaths[deployment.coordinator.wait_stopped.remote()] = None
-    with grpc.insecure_channel(_dialable(deployment.server_address)) as channel:
+    with grpc.insecure_channel(_dialable(deployment.server_address), (("grpc.enable_http_proxy", 0),)) as channel:
         stub = service_grpc.GenerationServiceStub(channel)
         while not stop.is_set():
             ended, _ = ray.wait(list(deaths), num_returns=1, timeout=POLL_SECONDS)

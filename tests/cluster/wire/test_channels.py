@@ -129,3 +129,11 @@ async def test_an_internal_channel_uses_no_proxy(address, monkeypatch):
     async with open_channel(address) as channel:
         response = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=20)
     assert response.status == SERVING
+
+
+
+async def test_a_proxy_is_never_asked_for_this_machine(address, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the discard port: nobody there
+    monkeypatch.delenv("no_proxy", raising=False)
+    async with client_channel(address) as channel:
+        assert (await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())).status == SERVING
