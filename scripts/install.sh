@@ -30,7 +30,7 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 
 if [ ! -x "$venv/bin/uv" ]; then
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$here/../constraints.txt" uv ||
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check --constraint "$here/../constraints.txt" uv ||
         echo "uv is not to be had here; installing with pip, which takes longer" >&2
 fi
 
