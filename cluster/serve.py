@@ -20,11 +20,11 @@ from typing import Any, TypeVar
 
 import grpc
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig, parse_port_range
-from cluster.errors import ConfigurationError, SpanwiseError, StageUnavailableError
+from cluster.errors import ConfigurationError, RequestCancelledError, SpanwiseError, StageUnavailableError
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import ModelSpec
 from cluster.placement import NodeFacts, WorkerId
@@ -37,6 +37,9 @@ from worker.actor import WorkerActor, WorkerOrder
 
 Facts = TypeVar("Facts")
 StatusListener = Callable[[service.DescribeClusterResponse], None]
+
+INTERRUPTED = 130
+"""Exit status of a run that was stopped before anything was served."""
 
 NAMESPACE = "spanwise"
 OBJECT_STORE_BYTES = 80 * 1024**2  # Ray's minimum is 75 MiB; no tensor passes through it
@@ -80,9 +83,10 @@ def run(
     with _signals_set(stop), ExitStack() as stack:
         stack.enter_context(_ray_session(config, on_note))
         stack.enter_context(_signals_set(stop))  # again: ray.init has put its own handler in place
-        if stop.is_set():
-            return 130
-        deployment = stack.enter_context(_deployment(config, spec))
+        try:
+            deployment = stack.enter_context(_deployment(config, spec, stop))
+        except RequestCancelledError:
+            return INTERRUPTED
         return _supervise(deployment, on_status, stop)
 
 
@@ -104,7 +108,7 @@ def inspect_nodes(
 
 def _outcome(call: Any) -> Any:
     try:
-        return _get(call, INSPECT_SECONDS)
+        return _get([call], INSPECT_SECONDS, threading.Event())[0]
     except (SpanwiseError, ray.exceptions.RayError) as error:
         return str(error)
 
@@ -184,9 +188,11 @@ def _check_ray_answers(address: str) -> None:
         )
 
 
-@contextmanager
-def _reserved(config: ServeConfig) -> Iterator[PlacementGroup]:
-    """Reserve a slot per worker, on as many nodes as there are; ConfigurationError tells what is short."""
+def _reserve(config: ServeConfig, stop: threading.Event) -> PlacementGroup:
+    """Reserve a slot per worker, on as many nodes as there are; ConfigurationError tells what is short.
+
+    Ray takes the reservation back when this process leaves the cluster.
+    """
     bundle = {"CPU": 1.0} | ({"GPU": config.gpus} if config.gpus else {})
     total = ray.cluster_resources()
     for resource, amount in bundle.items():
@@ -196,21 +202,18 @@ def _reserved(config: ServeConfig) -> Iterator[PlacementGroup]:
                 f"{total.get(resource, 0.0):g}: add nodes, or ask for fewer workers with --workers"
             )
     group = placement_group([bundle] * config.workers, strategy="SPREAD")
-    try:
-        if not group.wait(RESERVE_SECONDS):
-            free = {k: v for k, v in ray.available_resources().items() if k in bundle}
-            raise ConfigurationError(
-                f"the Ray cluster has room for {config.workers} workers of {bundle}, but others hold it (free now: "
-                f"{free}); wait, stop them, or ask for fewer workers"
-            )
-        yield group
-    finally:
-        remove_placement_group(group)
+    if not _await([group.ready()], RESERVE_SECONDS, stop):
+        free = {k: v for k, v in ray.available_resources().items() if k in bundle}
+        raise ConfigurationError(
+            f"the Ray cluster has room for {config.workers} workers of {bundle}, but others hold it (free now: "
+            f"{free}); wait, stop them, or ask for fewer workers"
+        )
+    return group
 
 
-def _start_workers(config: ServeConfig, group: PlacementGroup) -> list[_Member]:
+def _start_workers(config: ServeConfig, group: PlacementGroup) -> list[Any]:
     remote = ray.remote(WorkerActor)
-    actors = [
+    return [
         remote.options(
             num_cpus=1,
             num_gpus=config.gpus,
@@ -220,23 +223,33 @@ def _start_workers(config: ServeConfig, group: PlacementGroup) -> list[_Member]:
         ).remote()
         for index in range(config.workers)
     ]
-    nodes: list[NodeFacts] = _get([actor.locate.remote(config.interface) for actor in actors], ACTOR_START_SECONDS)
-    members = zip(actors, nodes, strict=True)
-    return [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
 
 
-def _get(reference: Any, timeout_seconds: float) -> Any:
-    """ray.get with a deadline; domain errors come out as they were raised, Ray's as StageUnavailableError."""
+def _await(references: list[Any], timeout_seconds: float, stop: threading.Event) -> bool:
+    """Wait for all references; False at the deadline. Raises RequestCancelledError as soon as `stop` is set."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        if stop.is_set():
+            raise RequestCancelledError("stopped before the cluster was up")
+        left = deadline - time.monotonic()
+        ready, _ = ray.wait(references, num_returns=len(references), timeout=max(0.0, min(POLL_SECONDS, left)))
+        if len(ready) == len(references) or left <= 0:
+            return len(ready) == len(references)
+
+
+def _get(references: list[Any], timeout_seconds: float, stop: threading.Event) -> list[Any]:
+    """ray.get with a deadline and an ear for `stop`; domain errors come out as they were raised, Ray's as ours."""
+    if not _await(references, timeout_seconds, stop):
+        raise StageUnavailableError(
+            f"a Ray actor did not answer within {timeout_seconds:g} s; `cluster doctor` shows the nodes"
+        )
     try:
-        return ray.get(reference, timeout=timeout_seconds)
+        found: list[Any] = ray.get(references)
+        return found
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, SpanwiseError):
             raise error.cause from None
         raise
-    except ray.exceptions.GetTimeoutError as error:
-        raise StageUnavailableError(
-            f"a Ray actor did not answer within {timeout_seconds:g} s; `cluster doctor` shows the nodes"
-        ) from error
     except ray.exceptions.RayActorError as error:
         raise StageUnavailableError(f"a Ray actor died while starting: {error}") from error
 
@@ -252,15 +265,14 @@ class _Deployment:
 
 
 @contextmanager
-def _deployment(config: ServeConfig, spec: ModelSpec) -> Iterator[_Deployment]:
+def _deployment(config: ServeConfig, spec: ModelSpec, stop: threading.Event) -> Iterator[_Deployment]:
     """Start workers and coordinator; stop them again, whatever happened in between."""
-    with _reserved(config) as group:
-        members = _start_workers(config, group)
-        coordinator = _start_coordinator()
-        try:
-            yield _connect(config, spec, members, coordinator)
-        finally:
-            _shut_down([coordinator, *(member.actor for member in members)])
+    actors = _start_workers(config, _reserve(config, stop))
+    coordinator = _start_coordinator()
+    try:
+        yield _Assembly(config, coordinator, actors, stop).connect(spec)
+    finally:
+        _shut_down([coordinator, *actors])
 
 
 def _start_coordinator() -> Any:
@@ -271,53 +283,66 @@ def _start_coordinator() -> Any:
     return remote.options(num_cpus=0, max_restarts=0, runtime_env=environment, scheduling_strategy=here).remote()
 
 
-def _connect(config: ServeConfig, spec: ModelSpec, members: list[_Member], coordinator: Any) -> _Deployment:
-    here: NodeFacts = _get(coordinator.locate.remote(), ACTOR_START_SECONDS)
-    is_local = all(member.node.node_id == here.node_id for member in members) and not config.interface
-    has_tls = config.internal_tls == "on" or (config.internal_tls == "auto" and not is_local)
-    authority = CertificateAuthority.create() if has_tls else None
-    starts = [_start_order(config, member, members, is_local, authority) for member in members]
-    addresses = _get([m.actor.start.remote(o) for m, o in zip(members, starts, strict=True)], ACTOR_START_SECONDS)
-    order = CoordinatorOrder(
-        config=config,
-        spec=spec,
-        worker_addresses=tuple(addresses),
-        listen_address="127.0.0.1" if is_local else here.address,
-        generation=time.time_ns() // 1_000_000,
-        token=find_token() or "",
-    )
-    if authority is not None:
-        request = _get(coordinator.request_signature.remote(here.address), ACTOR_START_SECONDS)
-        order = order.signed(authority.sign(request), authority.certificate)
-    server_address = _get(coordinator.start.remote(order), ACTOR_START_SECONDS)
-    return _Deployment(coordinator, members, server_address)
+class _Assembly:
+    """Tells actors that have just started how to work together."""
 
+    def __init__(self, config: ServeConfig, coordinator: Any, actors: Sequence[Any], stop: threading.Event) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._stop = stop
+        self._here, *nodes = self._get(
+            [coordinator.locate.remote(), *(a.locate.remote(config.interface) for a in actors)]
+        )
+        members = sorted(zip(actors, nodes, strict=True), key=lambda member: str(member[1].node_id))
+        self._members = [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
+        self._is_local = not config.interface and all(node.node_id == self._here.node_id for node in nodes)
+        has_tls = config.internal_tls == "on" or (config.internal_tls == "auto" and not self._is_local)
+        self._authority = CertificateAuthority.create() if has_tls else None
 
-def _start_order(
-    config: ServeConfig,
-    member: _Member,
-    members: Sequence[_Member],
-    is_local: bool,
-    authority: CertificateAuthority | None,
-) -> WorkerOrder:
-    address = "127.0.0.1" if is_local else member.node.address
-    certificate = b""
-    if authority is not None:
-        request = _get(member.actor.request_signature.remote(address, member.node.node_name), ACTOR_START_SECONDS)
-        certificate = authority.sign(request)
-    return WorkerOrder(
-        worker_id=member.worker_id,
-        listen_address=address,
-        ports=parse_port_range(config.stage_ports),
-        num_neighbours=sum(other.node.node_id == member.node.node_id for other in members),
-        num_threads=config.threads,
-        num_gpus=config.gpus,
-        memory_bytes=config.memory,
-        log_dir=config.log_dir,
-        is_log_json=config.log_json,
-        certificate=certificate,
-        authority=authority.certificate if authority else b"",
-    )
+    def connect(self, spec: ModelSpec) -> _Deployment:
+        """Start the workers' servers, then the coordinator that brings the pipeline up."""
+        config = self._config
+        orders = [self._worker_order(member) for member in self._members]
+        starts = [member.actor.start.remote(order) for member, order in zip(self._members, orders, strict=True)]
+        order = CoordinatorOrder(
+            config=config,
+            spec=spec,
+            worker_addresses=tuple(self._get(starts)),
+            listen_address=self._address(self._here),
+            generation=time.time_ns() // 1_000_000,
+            token=find_token() or "",
+        )
+        if self._authority is not None:
+            (request,) = self._get([self._coordinator.request_signature.remote(self._here.address)])
+            order = order.signed(self._authority.sign(request), self._authority.certificate)
+        (server_address,) = self._get([self._coordinator.start.remote(order)])
+        return _Deployment(self._coordinator, self._members, server_address)
+
+    def _worker_order(self, member: _Member) -> WorkerOrder:
+        config, address = self._config, self._address(member.node)
+        certificate = b""
+        if self._authority is not None:
+            (request,) = self._get([member.actor.request_signature.remote(address, member.node.node_name)])
+            certificate = self._authority.sign(request)
+        return WorkerOrder(
+            worker_id=member.worker_id,
+            listen_address=address,
+            ports=parse_port_range(config.stage_ports),
+            num_neighbours=sum(other.node.node_id == member.node.node_id for other in self._members),
+            num_threads=config.threads,
+            num_gpus=config.gpus,
+            memory_bytes=config.memory,
+            log_dir=config.log_dir,
+            is_log_json=config.log_json,
+            certificate=certificate,
+            authority=self._authority.certificate if self._authority else b"",
+        )
+
+    def _address(self, node: NodeFacts) -> str:
+        return "127.0.0.1" if self._is_local else node.address
+
+    def _get(self, references: list[Any]) -> list[Any]:
+        return _get(references, ACTOR_START_SECONDS, self._stop)
 
 
 def _shut_down(actors: Sequence[Any]) -> None:

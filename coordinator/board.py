@@ -121,11 +121,13 @@ class StatusBoard:
         self._prompt_tokens.add(prompt, now)
         self._output_tokens.add(output, now)
 
-    def count_timings(self, timings: tuple[StageTiming, ...], *, is_idle: bool) -> None:
-        """Count the stages' time of a completed step; `is_idle` tells that no other is in flight."""
+    def rest(self) -> None:
+        """Nothing is left to do: the time until the next step is no bubble."""
+        self._meter.rest()
+
+    def count_timings(self, timings: tuple[StageTiming, ...]) -> None:
+        """Count the stages' time of a completed step."""
         self._meter.count(timings)
-        if is_idle:
-            self._meter.rest()
         now = self._clock.now()
         for timing in timings:
             self.stages[timing.stage].busy.add((timing.finished_ns - timing.started_ns) / 1e9, now)

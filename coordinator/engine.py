@@ -243,9 +243,11 @@ class Engine:
     def _on_result(self, result: StepResult) -> None:
         if result.epoch == self._pipeline.epoch:
             self._flight.note_finished(result)
-            self.board.count_timings(result.timings, is_idle=not self._flight)
+            self.board.count_timings(result.timings)
             self.board.count_tokens(prompt=0, output=len(result.token_ids))
         self.post(events.StepCompleted(result))
+        if self._scheduler.is_idle:
+            self.board.rest()
 
     def _progress_message(self, progress: events.RequestProgress) -> generation.Progress:
         done, total = self._flight.blocks_done(progress.step_id)
