@@ -1,0 +1,247 @@
+"""A whole server below Ray, on this machine: stage servers, in this process or in one each, and their coordinator.
+
+Covers starting, waiting until ready, and stopping. Where Ray puts processes and how it tells of their death is
+`cluster.serve`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.client import AsyncClient, RetryPolicy
+from cluster.clock import SystemClock
+from cluster.config import ServeConfig
+from cluster.errors import StageUnavailableError
+from cluster.hub.resolve import resolve
+from cluster.model_spec import ModelSpec
+from cluster.placement import WorkerId, WorkerInfo
+from cluster.wire.channels import client_channel
+from cluster.wire.tls import CertificateAuthority, Credentials, SigningRequest
+from coordinator.coordinator import HEALTH_NAME, Coordinator, CoordinatorOrder
+from worker import checkpoint_client
+from worker.executor import SpanLoader
+from worker.loading import TorchSpanLoader
+from worker.numerics import isa
+from worker.server import StageServer
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+MEMORY_BYTES = 1 << 30
+KV_BYTES = 64 << 20
+CPU = torch.device("cpu")
+PROJECT = Path(__file__).parents[2]
+
+Certify = Callable[[str], Credentials | None]
+"""Gives a process its credentials, by name; None for plaintext."""
+
+
+def plaintext(_name: str) -> None:
+    """No credentials."""
+
+
+def mutual_tls() -> Certify:
+    """Return a Certify of one authority."""
+    authority = CertificateAuthority.create()
+
+    def certify(name: str) -> Credentials:
+        request = SigningRequest.create(name, addresses=(LOOPBACK,))
+        return request.credentials(authority.sign(request.pem), authority.certificate)
+
+    return certify
+
+
+class NewLoader(Protocol):
+    """Makes the span loader of the worker with this number."""
+
+    def __call__(self, number: int, credentials: Credentials | None) -> SpanLoader: ...
+
+
+def torch_loader(number: int, credentials: Credentials | None) -> TorchSpanLoader:  # noqa: ARG001
+    """The real one."""
+    return TorchSpanLoader(CPU, partial(checkpoint_client.connect, credentials=credentials))
+
+
+def new_stage_server(number: int, loader: SpanLoader, credentials: Credentials | None = None) -> StageServer:
+    """Return worker `w<number>` of one thread, not started yet."""
+    info = WorkerInfo(
+        worker_id=WorkerId(f"w{number}"),
+        node_name=f"node-{number}",
+        address="",
+        device="cpu",
+        device_name="cpu",
+        num_threads=1,
+        free_memory_bytes=MEMORY_BYTES,
+        total_memory_bytes=MEMORY_BYTES,
+        isa=isa(CPU),
+        process_id=os.getpid(),
+        versions=(),
+    )
+    return StageServer(
+        info,
+        loader,
+        host=LOOPBACK,
+        ports=range(0),
+        credentials=credentials,
+        clock=SystemClock(),
+        prepare_thread=lambda: torch.set_num_threads(1),
+    )
+
+
+@asynccontextmanager
+async def workers_here(
+    num_workers: int, new_loader: NewLoader = torch_loader, certify: Certify = plaintext
+) -> AsyncIterator[list[str]]:
+    """Run workers in this process; give their addresses."""
+    async with AsyncExitStack() as stack:
+        addresses = []
+        for number in range(num_workers):
+            credentials = certify(f"node-{number}")
+            server = new_stage_server(number, new_loader(number, credentials), credentials)
+            addresses.append(await server.start())
+            stack.push_async_callback(server.stop)
+        yield addresses
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProcess:
+    """A worker in a process of its own."""
+
+    process: asyncio.subprocess.Process
+    address: str
+
+    async def stop(self) -> None:
+        """Let it end by itself; kill it when it does not."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.process.wait()
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+            raise
+
+
+@asynccontextmanager
+async def worker_processes(environments: Sequence[Mapping[str, str]]) -> AsyncIterator[list[WorkerProcess]]:
+    """Run one worker process per entry, with these environment variables besides the test's own."""
+    async with AsyncExitStack() as stack:
+        starts = [start_worker_process(number, variables) for number, variables in enumerate(environments)]
+        workers = await asyncio.gather(*starts)
+        for worker in workers:
+            stack.push_async_callback(worker.stop)
+        yield workers
+
+
+async def start_worker_process(number: int, variables: Mapping[str, str]) -> WorkerProcess:
+    """Start a process of `worker_process.py` and wait until it listens."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.integration.worker_process",
+        str(number),
+        cwd=PROJECT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(START_SECONDS):
+        line = await process.stdout.readline()
+    return WorkerProcess(process, json.loads(line)["address"])
+
+
+@dataclass(frozen=True, slots=True)
+class LocalCluster:
+    """A server that is ready."""
+
+    address: str
+    coordinator: Coordinator
+    spec: ModelSpec
+
+    def client(self, **options: Any) -> AsyncClient:
+        """Return a client that takes the first answer: none of its calls is tried again."""
+        return AsyncClient(self.address, retry=RetryPolicy(max_attempts=1), **options)
+
+    async def wait_until_pages_are_free(self, client: AsyncClient) -> None:
+        """Return when no sequence holds a page. Raises TimeoutError."""
+        async with asyncio.timeout(STOP_SECONDS):
+            while (status := await client.describe()).num_free_pages < status.num_pages:
+                pass  # every answer took a turn of the server's loop
+
+
+@asynccontextmanager
+async def serving(
+    model: str | Path,
+    addresses: Sequence[str],
+    *,
+    spec: ModelSpec | None = None,
+    certify: Certify = plaintext,
+    generation: int = 1,
+    token: str = "",
+    **settings: Any,
+) -> AsyncIterator[LocalCluster]:
+    """Serve a model on running workers. Raises StageUnavailableError with the reason when it cannot be brought up."""
+    spec = spec or resolve(str(model))
+    config = ServeConfig(
+        model=str(model), workers=len(addresses), port=0, **{"precision": "fp32", "kv_memory": KV_BYTES, **settings}
+    )
+    order = CoordinatorOrder(config, spec, tuple(addresses), LOOPBACK, generation, token)
+    coordinator = Coordinator(order, certify("head"), SystemClock())
+    address = await coordinator.start()
+    try:
+        await _wait_ready(coordinator, address)
+        yield LocalCluster(address, coordinator, spec)
+    finally:
+        async with asyncio.timeout(STOP_SECONDS):
+            await coordinator.stop()
+
+
+@asynccontextmanager
+async def local_cluster(
+    model: str | Path, num_stages: int = 3, *, new_loader: NewLoader = torch_loader, **options: Any
+) -> AsyncIterator[LocalCluster]:
+    """Serve a model with workers in this process. `options` are those of `serving`."""
+    certify = options.get("certify", plaintext)
+    async with (
+        workers_here(num_stages, new_loader, certify) as addresses,
+        serving(model, addresses, **options) as cluster,
+    ):
+        yield cluster
+
+
+async def _wait_ready(coordinator: Coordinator, address: str) -> None:
+    ended = asyncio.create_task(coordinator.wait_ended())
+    ready = asyncio.create_task(_watch_health(address))
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            raise StageUnavailableError(f"not brought up: {ended.result()}")
+        await ready
+    finally:
+        ended.cancel()
+        ready.cancel()
+        await asyncio.gather(ended, ready, return_exceptions=True)
+
+
+async def _watch_health(address: str) -> None:
+    """Return once the server's health is SERVING."""
+    async with client_channel(address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=HEALTH_NAME))
+        async for response in watch:
+            if response.status == health_pb2.HealthCheckResponse.SERVING:
+                return
