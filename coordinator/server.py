@@ -105,7 +105,8 @@ async def _with_heartbeat(engine: Engine, stream: RequestStream) -> AsyncIterato
             async with asyncio.timeout(HEARTBEAT_SECONDS):
                 response = await stream.next()
         except TimeoutError:
-            yield service.GenerateResponse(progress=engine.progress_of(stream))
+            if not stream.is_ended:  # its last messages may have come in the same moment
+                yield service.GenerateResponse(progress=engine.progress_of(stream))
             continue
         yield response
         if response.HasField("finished"):
