@@ -19,6 +19,7 @@ from cluster.microbatch import StepFailure, StepProgress, StepResult
 from cluster.request import RequestId, SequenceId, TokenizedRequest
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
+from cluster.wire.status import as_spanwise_error
 from coordinator import events
 from coordinator.board import StatusBoard
 from coordinator.events import Event, Instruction
@@ -60,6 +61,7 @@ class Engine:
         self._streams: dict[RequestId, RequestStream] = {}
         self._pending: deque[Event] = deque()
         self._is_handling = False
+        self._is_broken = False
         self._flight = flight
         self._repair: asyncio.Task[None] | None = None
 
@@ -113,15 +115,21 @@ class Engine:
     # --- events ------------------------------------------------------------------------------------------------------
 
     def post(self, event: Event) -> None:
-        """Hand an event to the scheduler and perform what it asks for. Events raised meanwhile wait their turn."""
+        """Hand an event to the scheduler and perform what it asks for. Events raised meanwhile wait their turn.
+
+        Never raises: after an error of ours nobody knows what the scheduler's state means, so the cluster has failed.
+        """
         self._pending.append(event)
-        if self._is_handling:
+        if self._is_handling or self._is_broken:
             return
         self._is_handling = True
         try:
             while self._pending:
                 for instruction in self._scheduler.handle(self._pending.popleft(), self._clock.now()):
                     self._perform(instruction)
+        except Exception as error:  # the top of every event's way: whatever it was must be reported
+            self._is_broken = True
+            self._on_failed(f"the coordinator cannot go on: {as_spanwise_error(error)}", None)
         finally:
             self._is_handling = False
 
@@ -153,11 +161,11 @@ class Engine:
 
     def end_all(self, error: SpanwiseError) -> None:
         """End every live request with an error."""
-        for request_id, stream in list(self._streams.items()):
+        streams, self._streams = self._streams, {}  # first: a stream that knew of the abort would end as aborted
+        for request_id, stream in streams.items():
+            stream.fail(error)
+            self.board.num_requests_failed += 1
             self.post(events.RequestAborted(request_id))
-            if not stream.is_ended:
-                stream.fail(error)
-        self._streams.clear()
 
     async def close(self) -> None:
         """Wait for a repair under way to end."""
@@ -206,8 +214,8 @@ class Engine:
 
     @_perform.register
     def _(self, instruction: events.FinishRequest) -> None:
-        self.board.num_requests_finished += 1
         if stream := self._streams.pop(instruction.request_id, None):
+            self.board.num_requests_finished += 1
             stream.finish(self._finished_message(instruction.report))
 
     @_perform.register
@@ -234,8 +242,9 @@ class Engine:
         logger.warning("opening a new epoch after: %s", cause)
         try:
             epoch = await self._pipeline.prove()
-        except SpanwiseError as error:
-            self._on_failed(f"{error} (first noticed as: {cause})", self._pipeline.lost_stage)
+        except Exception as error:  # the top of a task: whatever it was must be reported
+            message = f"{as_spanwise_error(error)} (first noticed as: {cause})"
+            self._on_failed(message, self._pipeline.lost_stage)
             return
         self.board.start_epoch()
         self.post(events.EpochOpened(epoch, self._pipeline.num_stages))

@@ -28,7 +28,7 @@ from cluster.microbatch import (
 from cluster.placement import Placement
 from cluster.request import SamplingParams, SequenceId
 from cluster.rpc.v1 import stage_service_pb2 as service
-from cluster.wire.status import from_rpc_error
+from cluster.wire.status import as_spanwise_error, from_rpc_error
 from cluster.wire.steps import (
     epoch_to_proto,
     failure_from_proto,
@@ -152,8 +152,8 @@ class Pipeline:
             async for response in call:
                 self._report(_event_from_proto(response))
             message = "its report stream ended"
-        except grpc.aio.AioRpcError as error:
-            message = str(from_rpc_error(error))
+        except Exception as error:  # the top of a task: whatever it was must be reported
+            message = str(as_spanwise_error(error))
         finally:
             call.cancel()
         self._lose(epoch, stage, message)
@@ -168,6 +168,8 @@ class Pipeline:
                 await call.write(service.ForwardRequest(header=header_to_proto(header)))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the acknowledgements' end says why
+        except Exception as error:  # the top of a task: whatever it was must be reported
+            self._lose(epoch, 0, f"a step could not be sent: {as_spanwise_error(error)}")
         finally:
             call.cancel()
             with suppress(asyncio.CancelledError):
