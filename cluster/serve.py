@@ -32,8 +32,9 @@ from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.wire.tls import CertificateAuthority
 from coordinator.actor import CoordinatorActor
-from coordinator.coordinator import CoordinatorOrder
-from worker.actor import WorkerActor, WorkerOrder
+from coordinator.order import CoordinatorOrder
+from worker.actor import WorkerActor
+from worker.order import WorkerOrder
 
 Facts = TypeVar("Facts")
 StatusListener = Callable[[service.DescribeClusterResponse], None]
@@ -48,7 +49,7 @@ RESERVE_SECONDS = 60.0
 ACTOR_START_SECONDS = 180.0
 INSPECT_SECONDS = 60.0
 FAREWELL_SECONDS = 2.0
-SHUTDOWN_SECONDS = 4.0
+SHUTDOWN_SECONDS = 3.0  # for the coordinator, then for the workers
 
 _WORKER_ENVIRONMENT = {
     # glibc: keep the buffers of hidden states instead of returning them to the kernel after every message
@@ -135,6 +136,7 @@ def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterato
     """Join the Ray cluster at --address, RAY_ADDRESS or on this machine; start a local one when there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else go first
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors could not use what Ray starts ahead
     address = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_this_machine()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
     if address and address != "local":
@@ -239,6 +241,7 @@ def _await(references: list[Any], timeout_seconds: float, stop: threading.Event)
 
 def _get(references: list[Any], timeout_seconds: float, stop: threading.Event) -> list[Any]:
     """ray.get with a deadline and an ear for `stop`; domain errors come out as they were raised, Ray's as ours."""
+
     if not _await(references, timeout_seconds, stop):
         raise StageUnavailableError(
             f"a Ray actor did not answer within {timeout_seconds:g} s; `cluster doctor` shows the nodes"
@@ -272,7 +275,7 @@ def _deployment(config: ServeConfig, spec: ModelSpec, stop: threading.Event) -> 
     try:
         yield _Assembly(config, coordinator, actors, stop).connect(spec)
     finally:
-        _shut_down([coordinator, *actors])
+        _shut_down(coordinator, actors)
 
 
 def _start_coordinator() -> Any:
@@ -345,11 +348,15 @@ class _Assembly:
         return _get(references, ACTOR_START_SECONDS, self._stop)
 
 
-def _shut_down(actors: Sequence[Any]) -> None:
-    """Ask every actor to stop, then end what still runs. Never raises: it runs while other errors are on their way."""
-    with suppress(ray.exceptions.RayError):
-        ray.wait([actor.shutdown.remote() for actor in actors], num_returns=len(actors), timeout=SHUTDOWN_SECONDS)
-    for actor in actors:
+def _shut_down(coordinator: Any, workers: Sequence[Any]) -> None:
+    """Ask every actor to stop, then end what still runs. Never raises: it runs while other errors are on their way.
+
+    The coordinator goes first: to it, a worker that leaves is a worker that is lost.
+    """
+    for actors in ([coordinator], workers):
+        with suppress(ray.exceptions.RayError):
+            ray.wait([actor.shutdown.remote() for actor in actors], num_returns=len(actors), timeout=SHUTDOWN_SECONDS)
+    for actor in (coordinator, *workers):
         with suppress(ray.exceptions.RayError):
             ray.kill(actor)
 
@@ -365,9 +372,9 @@ def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threadi
         stub = service_grpc.GenerationServiceStub(channel)
         while not stop.is_set():
             ended, _ = ray.wait(list(deaths), num_returns=1, timeout=POLL_SECONDS)
-            if ended:
-                _report_death(deployment, deaths[ended[0]])
-            status = _describe(stub) or (_COORDINATOR_DIED if ended else None)
+            dead = [deaths.pop(reference) for reference in ended]
+            _report_deaths(deployment, dead)
+            status = _COORDINATOR_DIED if None in dead else _describe(stub)
             if status is None:
                 continue
             on_status(status)
@@ -390,12 +397,12 @@ def _describe(stub: Any) -> service.DescribeClusterResponse | None:
         return None  # Ray's notice about the coordinator decides
 
 
-def _report_death(deployment: _Deployment, member: _Member | None) -> None:
-    """Tell the coordinator that a worker died, in case its own channels have not noticed."""
-    if member is None:
-        return
-    with suppress(ray.exceptions.RayError):
-        ray.get(deployment.coordinator.report_loss.remote(member.worker_id), timeout=POLL_SECONDS)
+def _report_deaths(deployment: _Deployment, dead: Sequence[_Member | None]) -> None:
+    """Tell the coordinator which workers died, in case its own channels have not noticed."""
+    for member in dead:
+        if member is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(deployment.coordinator.report_loss.remote(member.worker_id), timeout=POLL_SECONDS)
 
 
 def _dialable(address: str) -> str:
@@ -406,11 +413,16 @@ def _dialable(address: str) -> str:
 
 @contextmanager
 def _signals_set(stop: threading.Event) -> Iterator[None]:
-    """Let SIGINT and SIGTERM set `stop`, wherever the main thread is."""
+    """Let SIGINT, SIGTERM and the loss of the terminal set `stop`, wherever the main thread is.
+
+    A signal that the starter chose to ignore (nohup) stays ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in [number for number, handler in before.items() if handler is not signal.SIG_IGN]:
+        signal.signal(number, lambda *_: stop.set())
     try:
         yield
     finally:

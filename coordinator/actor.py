@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -11,13 +12,19 @@ from cluster.clock import SystemClock
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts, WorkerId
 from cluster.wire.tls import SigningRequest
-from coordinator.coordinator import Coordinator, CoordinatorOrder
+from coordinator.order import CoordinatorOrder
+
+if TYPE_CHECKING:
+    from coordinator.coordinator import Coordinator
 
 
 class CoordinatorActor:
     """The coordinator process. Its methods are called a few times in its life."""
 
     def __init__(self) -> None:
+        from coordinator.coordinator import Coordinator  # heavy: in this process only, while the workers start
+
+        self._new_coordinator = Coordinator
         self._coordinator: Coordinator | None = None
         self._signing: SigningRequest | None = None
         self._stopped = asyncio.Event()
@@ -36,7 +43,7 @@ class CoordinatorActor:
         """Open the client-facing port, begin to bring the pipeline up; return the address that clients dial."""
         configure_logging(order.config.log_dir, "coordinator", json=order.config.log_json)
         credentials = self._signing.credentials(order.certificate, order.authority) if self._signing else None
-        self._coordinator = Coordinator(order, credentials, SystemClock())
+        self._coordinator = self._new_coordinator(order, credentials, SystemClock())
         return await self._coordinator.start()
 
     async def report_loss(self, worker_id: WorkerId) -> None:

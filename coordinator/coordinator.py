@@ -9,7 +9,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,10 +16,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from cluster.clock import Clock
-from cluster.config import ServeConfig
 from cluster.errors import NotReadyError, SpanwiseError, StageUnavailableError
 from cluster.hub.resolve import tokenizer_folder
-from cluster.model_spec import FolderSource, ModelSpec
+from cluster.model_spec import FolderSource
 from cluster.placement import Placement, WorkerId
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
@@ -35,6 +33,7 @@ from coordinator.checkpoint_server import CheckpointServicer
 from coordinator.engine import Engine
 from coordinator.flight import FlightLog
 from coordinator.intake import Intake
+from coordinator.order import CoordinatorOrder
 from coordinator.pipeline import Pipeline, PipelineEvent
 from coordinator.scheduler import Scheduler
 from coordinator.server import GenerationServicer
@@ -46,24 +45,6 @@ logger = logging.getLogger(__name__)
 HEALTH_NAME = "cluster.rpc.v1.GenerationService"
 DEADLINE_CHECK_SECONDS = 1.0
 STOP_GRACE_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinatorOrder:
-    """How a coordinator starts. `generation` rises from one coordinator to the next: it fences their epochs."""
-
-    config: ServeConfig
-    spec: ModelSpec
-    worker_addresses: tuple[str, ...]
-    listen_address: str  # of the checkpoint service, which only workers call
-    generation: int
-    token: str = ""
-    certificate: bytes = b""
-    authority: bytes = b""
-
-    def signed(self, certificate: bytes, authority: bytes) -> CoordinatorOrder:
-        """Return the same order with the coordinator's certificate."""
-        return replace(self, certificate=certificate, authority=authority)
 
 
 class Coordinator:

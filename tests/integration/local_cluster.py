@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,13 +25,17 @@ from cluster.clock import SystemClock
 from cluster.config import ServeConfig
 from cluster.errors import StageUnavailableError
 from cluster.hub.resolve import resolve
-from cluster.model_spec import ModelSpec
+from cluster.load_order import LoadOrder, LoadProgress
+from cluster.microbatch import StepHeader
+from cluster.model_spec import ModelSizes, ModelSpec
 from cluster.placement import WorkerId, WorkerInfo
+from cluster.testing.executor import OnExecute
 from cluster.wire.channels import client_channel
 from cluster.wire.tls import CertificateAuthority, Credentials, SigningRequest
-from coordinator.coordinator import HEALTH_NAME, Coordinator, CoordinatorOrder
+from coordinator.coordinator import HEALTH_NAME, Coordinator
+from coordinator.order import CoordinatorOrder
 from worker import checkpoint_client
-from worker.executor import SpanLoader
+from worker.executor import Executor, LoadedSpan, SpanLoader, StageOutput
 from worker.loading import TorchSpanLoader
 from worker.numerics import isa
 from worker.server import StageServer
@@ -72,6 +76,41 @@ class NewLoader(Protocol):
 def torch_loader(number: int, credentials: Credentials | None) -> TorchSpanLoader:  # noqa: ARG001
     """The real one."""
     return TorchSpanLoader(CPU, partial(checkpoint_client.connect, credentials=credentials))
+
+
+class WatchedLoader:
+    """The real loader, whose spans call `on_execute(stage, header)` in the compute thread before they compute a step.
+    It may block or raise."""
+
+    def __init__(self, number: int, credentials: Credentials | None, on_execute: OnExecute) -> None:
+        self._loader = torch_loader(number, credentials)
+        self._on_execute = on_execute
+
+    def measure(self, config: Mapping[str, Any]) -> ModelSizes:
+        return self._loader.measure(config)
+
+    def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
+        loaded = self._loader.load(order, on_progress)
+        return replace(loaded, executor=_WatchedExecutor(loaded.executor, partial(self._on_execute, order.stage)))
+
+
+class _WatchedExecutor:
+    def __init__(self, executor: Executor, on_execute: Callable[[StepHeader], None]) -> None:
+        self._executor = executor
+        self._on_execute = on_execute
+
+    @property
+    def num_blocks(self) -> int:
+        return self._executor.num_blocks
+
+    def execute(
+        self, header: StepHeader, tensors: Mapping[str, torch.Tensor], on_block: Callable[[int], None]
+    ) -> StageOutput:
+        self._on_execute(header)
+        return self._executor.execute(header, tensors, on_block)
+
+    def open_epoch(self) -> None:
+        self._executor.open_epoch()
 
 
 def new_stage_server(number: int, loader: SpanLoader, credentials: Credentials | None = None) -> StageServer:
