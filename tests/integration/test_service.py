@@ -78,7 +78,7 @@ async def test_a_queued_request_is_told_its_position_and_can_be_aborted(
     await cluster.wait_until_pages_are_free(client)
 
 
-async def test_tokenizing_and_describing(cluster: LocalCluster, client: AsyncClient) -> None:
+async def test_tokenizing_and_describing(client: AsyncClient) -> None:
     assert await client.detokenize(await client.tokenize(PROMPT)) == PROMPT
     (model,) = await client.list_models()
     assert (model.name, model.vocab_size, model.has_chat_template) == ("bloom-tiny", 4096, False)
