@@ -101,8 +101,7 @@ class Pipeline:
         await self._stop_streams()
         self.epoch = Epoch(self.epoch.generation, self.epoch.number + 1)
         self._outgoing = asyncio.Queue()
-        outcomes = await asyncio.gather(*map(self._open, range(self.num_stages)), return_exceptions=True)
-        self._raise_first(outcomes)
+        await self._open_stages()
         self._tasks = [asyncio.create_task(self._watch(stage, self.epoch)) for stage in range(self.num_stages)]
         self._tasks.append(asyncio.create_task(self._forward(self.epoch)))
         return self.epoch
@@ -128,16 +127,21 @@ class Pipeline:
             self.epoch, follower.address if follower else "", follower.node_name if follower else ""
         )
 
-    def _raise_first(self, outcomes: Sequence[BaseException | None]) -> None:
-        """Raise the failure of the last stage that failed: the ones before it may only suffer from it."""
-        for stage in reversed(range(self.num_stages)):
-            error = outcomes[stage]
-            if error is None:
-                continue
-            self.lost_stage = stage
-            if isinstance(error, SpanwiseError):
-                raise type(error)(f"{self.describe_stage(stage)}: {error}", reason=error.reason)
-            raise error
+    async def _open_stages(self) -> None:
+        """Open the epoch on all stages at once. Of several that fail the last one counts; those before it may only
+        suffer from it and are not waited for."""
+        opening = [asyncio.create_task(self._open(stage)) for stage in range(self.num_stages)]
+        try:
+            for stage in reversed(range(self.num_stages)):
+                self.lost_stage = stage
+                await opening[stage]
+            self.lost_stage = None
+        except SpanwiseError as error:
+            raise type(error)(f"{self.describe_stage(stage)}: {error}", reason=error.reason) from None
+        finally:
+            for task in opening:
+                task.cancel()
+            await asyncio.gather(*opening, return_exceptions=True)
 
     async def _stop_streams(self) -> None:
         tasks, self._tasks = self._tasks, []
