@@ -140,18 +140,15 @@ def new_stage_server(number: int, loader: SpanLoader, credentials: Credentials |
 
 
 @asynccontextmanager
-async def workers_here(
-    num_workers: int, new_loader: NewLoader = torch_loader, certify: Certify = plaintext
-) -> AsyncIterator[list[str]]:
-    """Run workers in this process; give their addresses."""
-    async with AsyncExitStack() as stack:
-        addresses = []
-        for number in range(num_workers):
-            credentials = certify(f"node-{number}")
-            server = new_stage_server(number, new_loader(number, credentials), credentials)
-            addresses.append(await server.start())
-            stack.push_async_callback(server.stop)
-        yield addresses
+async def worker_here(
+    number: int, new_loader: NewLoader = torch_loader, credentials: Credentials | None = None
+) -> AsyncIterator[str]:
+    """Run a worker in this process; give its address."""
+    server = new_stage_server(number, new_loader(number, credentials), credentials)
+    try:
+        yield await server.start()
+    finally:
+        await server.stop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,46 +158,35 @@ class WorkerProcess:
     process: asyncio.subprocess.Process
     address: str
 
-    async def stop(self) -> None:
-        """Let it end by itself; kill it when it does not."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
-            await self.process.wait()
-            raise
-
 
 @asynccontextmanager
-async def worker_processes(environments: Sequence[Mapping[str, str]]) -> AsyncIterator[list[WorkerProcess]]:
-    """Run one worker process per entry, with these environment variables besides the test's own."""
-    async with AsyncExitStack() as stack:
-        starts = [start_worker_process(number, variables) for number, variables in enumerate(environments)]
-        workers = await asyncio.gather(*starts)
-        for worker in workers:
-            stack.push_async_callback(worker.stop)
-        yield workers
-
-
-async def start_worker_process(number: int, variables: Mapping[str, str]) -> WorkerProcess:
-    """Start a process of `worker_process.py` and wait until it listens."""
+async def worker_process(number: int, variables: Mapping[str, str] | None = None) -> AsyncIterator[WorkerProcess]:
+    """Run a worker in a process of its own, with these environment variables besides the test's."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.integration.worker_process",
-        str(number),
+        *(sys.executable, "-m", "tests.integration.worker_process", str(number)),
         cwd=PROJECT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(variables or {})},
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    async with asyncio.timeout(START_SECONDS):
-        line = await process.stdout.readline()
-    return WorkerProcess(process, json.loads(line)["address"])
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            line = await process.stdout.readline()
+        yield WorkerProcess(process, json.loads(line)["address"])
+    finally:
+        await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Let a process end by itself, as it does once its input ends; kill it when it does not."""
+    try:
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,11 +241,10 @@ async def local_cluster(
 ) -> AsyncIterator[LocalCluster]:
     """Serve a model with workers in this process. `options` are those of `serving`."""
     certify = options.get("certify", plaintext)
-    async with (
-        workers_here(num_stages, new_loader, certify) as addresses,
-        serving(model, addresses, **options) as cluster,
-    ):
-        yield cluster
+    async with AsyncExitStack() as stack:
+        workers = [worker_here(number, new_loader, certify(f"node-{number}")) for number in range(num_stages)]
+        addresses = [await stack.enter_async_context(worker) for worker in workers]
+        yield await stack.enter_async_context(serving(model, addresses, **options))
 
 
 async def _wait_ready(coordinator: Coordinator, address: str) -> None:
