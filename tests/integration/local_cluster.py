@@ -182,7 +182,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     """Let a process end by itself, as it does once its input ends; kill it when it does not."""
     try:
         async with asyncio.timeout(STOP_SECONDS):
-            await process.communicate()
+            await process.communicate(b"")
     finally:
         if process.returncode is None:
             process.kill()
