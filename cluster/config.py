@@ -59,7 +59,7 @@ class ServeConfig:
         0.5, "seconds; prompt chunks shrink to keep steps under it while others decode"
     )
     step_timeout: float = _setting(600.0, "seconds until a step that gives no result counts as lost")
-    load_timeout: float = _setting(86400.0, "seconds for downloading and loading; without any progress 600")
+    load_timeout: float = _setting(600.0, "seconds without any progress until a download or load is given up")
     internal_tls: str = _setting("auto", "between workers: auto (as soon as they are on several nodes), on or off")
     detach: bool = _setting(False, "serve in the background and return once ready")
     log_dir: str = _setting("", "folder of log files; empty: in the state directory")
@@ -74,6 +74,7 @@ class ServeConfig:
             "max_step_tokens",
             "inter_token_target",
             "step_timeout",
+            "load_timeout",
         )
         for name in positive:
             if not getattr(self, name) > 0:

@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 PAGE_SIZE = 64
 DEFAULT_MAX_CONTEXT = 4096
-MAX_SILENT_LOAD_SECONDS = 600.0
 
 _STATES = {
     "downloading": service.STAGE_STATE_DOWNLOADING,
@@ -60,7 +59,7 @@ async def bring_up(job: BringUp, links: Sequence[StageLink], board: StatusBoard)
     board.place(placement, is_exact=job.config.exact)
     board.message = "loading"
     loads = [
-        _load(link, _order(job, placement, plan), placement.epoch, record)
+        _load(link, _order(job, placement, plan), placement.epoch, record, job.config.load_timeout)
         for link, plan, record in zip(ordered, placement.stages, board.stages, strict=True)
     ]
     await _gather(loads)
@@ -120,13 +119,13 @@ def _order(job: BringUp, placement: Placement, plan: StagePlan) -> LoadOrder:
     )
 
 
-async def _load(link: StageLink, order: LoadOrder, epoch: Epoch, record: StageRecord) -> None:
+async def _load(link: StageLink, order: LoadOrder, epoch: Epoch, record: StageRecord, stall_seconds: float) -> None:
     def show(progress: LoadProgress) -> None:
         record.state = _STATES[progress.phase]
         record.progress_bytes, record.progress_total_bytes = progress.bytes_done, progress.bytes_total
 
     record.state = service.STAGE_STATE_LOADING
-    report: LoadedReport = await link.load(order, epoch, show, max_silent_seconds=MAX_SILENT_LOAD_SECONDS)
+    report: LoadedReport = await link.load(order, epoch, show, stall_seconds=stall_seconds)
     record.state = service.STAGE_STATE_READY
     record.weight_bytes, record.kv_bytes = report.weight_bytes, report.kv_bytes
     record.compute_dtype, record.kv_dtype, record.wire_dtype = report.compute_dtype, report.kv_dtype, report.wire_dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.config import ServeConfig
 from cluster.model_spec import ModelSpec
@@ -17,7 +17,7 @@ class CoordinatorOrder:
     worker_addresses: tuple[str, ...]
     listen_address: str  # of the checkpoint service, which only workers call
     generation: int
-    token: str = ""
+    token: str = field(default="", repr=False)
     certificate: bytes = b""
     authority: bytes = b""
 

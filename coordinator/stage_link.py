@@ -12,14 +12,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from cluster.wire.tls import Credentials
-from cluster.wire.workers import (
-    load_order_to_proto,
-    load_progress_from_proto,
-    loaded_report_from_proto,
-    model_sizes_from_proto,
-    worker_info_from_proto,
-)
 
 from cluster.errors import StageTimeoutError, StageUnavailableError
 from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
@@ -32,6 +24,14 @@ from cluster.version import PROTOCOL_VERSION, VERSION
 from cluster.wire.channels import open_channel
 from cluster.wire.status import from_rpc_error
 from cluster.wire.steps import epoch_to_proto
+from cluster.wire.tls import Credentials
+from cluster.wire.workers import (
+    load_order_to_proto,
+    load_progress_from_proto,
+    loaded_report_from_proto,
+    model_sizes_from_proto,
+    worker_info_from_proto,
+)
 
 HELLO_SECONDS = 30.0
 MEASURE_SECONDS = 120.0
@@ -66,17 +66,16 @@ class StageLink:
         epoch: Epoch,
         on_progress: Callable[[LoadProgress], None],
         *,
-        max_silent_seconds: float,
+        stall_seconds: float,
     ) -> LoadedReport:
-        """Load a span; StageTimeoutError when the worker says nothing for `max_silent_seconds`."""
+        """Load a span; StageTimeoutError when it makes no progress for `stall_seconds`."""
         where = f"stage {order.stage} (worker at {self.address}, blocks {order.span})"
         async with _translated(where):
             call = self.stub.LoadSpan(load_order_to_proto(order, epoch))
-            while True:
-                response = await _next_or_silent(call, max_silent_seconds, where)
-                if response.is_loaded:
-                    return loaded_report_from_proto(response)
-                on_progress(load_progress_from_proto(response))
+            try:
+                return await _loaded(call, on_progress, stall_seconds, where)
+            finally:
+                call.cancel()  # of no effect once it has ended
 
     async def open_epoch(self, epoch: Epoch, next_address: str, next_node_name: str) -> None:
         """Open an epoch on this stage, which connects it to the next one."""
@@ -91,16 +90,26 @@ class StageLink:
         await self._channel.close()
 
 
-async def _next_or_silent(call: Any, seconds: float, where: str) -> service.LoadSpanResponse:
+async def _loaded(
+    call: Any, on_progress: Callable[[LoadProgress], None], stall_seconds: float, where: str
+) -> LoadedReport:
+    latest: LoadProgress | None = None
     try:
-        async with asyncio.timeout(seconds):
-            response: service.LoadSpanResponse = await call.read()
+        async with asyncio.timeout(stall_seconds) as stall:
+            while (response := await call.read()) is not grpc.aio.EOF:
+                if response.is_loaded:
+                    return loaded_report_from_proto(response)
+                progress = load_progress_from_proto(response)
+                on_progress(progress)
+                if progress != latest:  # a worker that lives repeats itself: only progress counts
+                    latest = progress
+                    stall.reschedule(asyncio.get_running_loop().time() + stall_seconds)
     except TimeoutError:
-        call.cancel()
-        raise StageTimeoutError(f"{where} has said nothing for {seconds:g} s while loading") from None
-    if response is grpc.aio.EOF:
-        raise StageUnavailableError(f"{where} ended its load without saying that it is loaded")
-    return response
+        raise StageTimeoutError(
+            f"{where} made no progress in {stall_seconds:g} s of loading; see `cluster logs` (--load-timeout raises "
+            "the limit)"
+        ) from None
+    raise StageUnavailableError(f"{where} ended its load without saying that it is loaded")
 
 
 @asynccontextmanager
