@@ -10,7 +10,6 @@ import ray
 
 from cluster.clock import SystemClock
 from cluster.logs import configure_logging
-from cluster.parent import end_with_parent
 from cluster.placement import NodeFacts, WorkerId
 from cluster.wire.tls import SigningRequest
 from coordinator.order import CoordinatorOrder
@@ -23,7 +22,6 @@ class CoordinatorActor:
     """The coordinator process. Its methods are called a few times in its life."""
 
     def __init__(self) -> None:
-        end_with_parent()
         from coordinator.coordinator import Coordinator  # heavy: in this process only, while the workers start
 
         self._new_coordinator = Coordinator

@@ -14,7 +14,6 @@ import ray
 
 from cluster.errors import ConfigurationError
 from cluster.logs import configure_logging
-from cluster.parent import end_with_parent
 from cluster.placement import NodeFacts
 from cluster.wire.tls import Credentials, SigningRequest
 from worker.order import WorkerOrder
@@ -27,7 +26,6 @@ class WorkerActor:
     """One worker process. Its methods are called a few times in its life, never per step."""
 
     def __init__(self) -> None:
-        end_with_parent()
         from worker.build import build_server  # torch and transformers: in this process only, while others start too
 
         self._build_server = build_server
