@@ -143,7 +143,7 @@ class Engine:
             logger.error("step %s failed at stage %s: %s", event.step_id, event.stage, event.message)
             self.post(events.StepFailed(event))
         else:
-            logger.error("stage %s is lost: %s", event.stage, event.message)
+            logger.error("%s", event.message)
             self.post(events.EpochLost(event.epoch, StageUnavailableError(event.message)))
 
     def check_deadlines(self) -> None:

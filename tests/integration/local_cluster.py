@@ -191,7 +191,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LocalCluster:
-    """A server that is ready."""
+    """A running server."""
 
     address: str
     coordinator: Coordinator
@@ -201,6 +201,21 @@ class LocalCluster:
         """Return a client that takes the first answer: none of its calls is tried again."""
         return AsyncClient(self.address, retry=RetryPolicy(max_attempts=1), **options)
 
+    async def wait_ready(self) -> None:
+        """Return when it is ready. Raises StageUnavailableError with the reason when it cannot be brought up."""
+        ended = asyncio.create_task(self.coordinator.wait_ended())
+        ready = asyncio.create_task(_watch_health(self.address))
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                raise StageUnavailableError(f"not brought up: {ended.result()}")
+            await ready
+        finally:
+            ended.cancel()
+            ready.cancel()
+            await asyncio.gather(ended, ready, return_exceptions=True)
+
     async def wait_until_pages_are_free(self, client: AsyncClient) -> None:
         """Return when no sequence holds a page. Raises TimeoutError."""
         async with asyncio.timeout(STOP_SECONDS):
@@ -209,7 +224,15 @@ class LocalCluster:
 
 
 @asynccontextmanager
-async def serving(
+async def serving(model: str | Path, addresses: Sequence[str], **options: Any) -> AsyncIterator[LocalCluster]:
+    """Serve a model on running workers, ready. `options` are those of `starting`."""
+    async with starting(model, addresses, **options) as cluster:
+        await cluster.wait_ready()
+        yield cluster
+
+
+@asynccontextmanager
+async def starting(
     model: str | Path,
     addresses: Sequence[str],
     *,
@@ -219,7 +242,7 @@ async def serving(
     token: str = "",
     **settings: Any,
 ) -> AsyncIterator[LocalCluster]:
-    """Serve a model on running workers. Raises StageUnavailableError with the reason when it cannot be brought up."""
+    """Begin to serve a model on running workers. `settings` are fields of ServeConfig."""
     spec = spec or resolve(str(model))
     config = ServeConfig(
         model=str(model), workers=len(addresses), port=0, **{"precision": "fp32", "kv_memory": KV_BYTES, **settings}
@@ -228,7 +251,6 @@ async def serving(
     coordinator = Coordinator(order, certify("head"), SystemClock())
     address = await coordinator.start()
     try:
-        await _wait_ready(coordinator, address)
         yield LocalCluster(address, coordinator, spec)
     finally:
         async with asyncio.timeout(STOP_SECONDS):
@@ -245,21 +267,6 @@ async def local_cluster(
         workers = [worker_here(number, new_loader, certify(f"node-{number}")) for number in range(num_stages)]
         addresses = [await stack.enter_async_context(worker) for worker in workers]
         yield await stack.enter_async_context(serving(model, addresses, **options))
-
-
-async def _wait_ready(coordinator: Coordinator, address: str) -> None:
-    ended = asyncio.create_task(coordinator.wait_ended())
-    ready = asyncio.create_task(_watch_health(address))
-    try:
-        async with asyncio.timeout(START_SECONDS):
-            await asyncio.wait((ended, ready), return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            raise StageUnavailableError(f"not brought up: {ended.result()}")
-        await ready
-    finally:
-        ended.cancel()
-        ready.cancel()
-        await asyncio.gather(ended, ready, return_exceptions=True)
 
 
 async def _watch_health(address: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
 import time
@@ -98,7 +99,9 @@ async def test_pages_of_a_client_process_that_dies_are_free(cluster: LocalCluste
     await cluster.wait_until_pages_are_free(client)
 
 
-async def test_killed_worker_ends_every_stream_and_is_named() -> None:
+@pytest.mark.parametrize("cause", [signal.SIGKILL, signal.SIGSTOP])
+async def test_lost_worker_ends_every_stream_and_is_named(cause: signal.Signals) -> None:
+    """A killed one closes its connections; a stopped one, like a machine that vanished, just says nothing more."""
     async with worker_here(0) as first, worker_process(1) as middle, worker_here(2) as last:
         addresses = [first, middle.address, last]
         async with serving(MODEL, addresses, max_running=4) as cluster, cluster.client() as client:
@@ -107,10 +110,10 @@ async def test_killed_worker_ends_every_stream_and_is_named() -> None:
             async with asyncio.timeout(10):
                 while not (await client.describe()).num_waiting:
                     pass
-            middle.process.kill()
-            killed_at = time.monotonic()
+            middle.process.send_signal(cause)
+            lost_at = time.monotonic()
             errors = await asyncio.gather(*map(error_of, running), waiting, return_exceptions=True)
-            print(f"every stream was told {time.monotonic() - killed_at:.2f} s after the kill")
+            print(f"every stream was told {time.monotonic() - lost_at:.2f} s after {cause.name}")
             assert [type(error) for error in errors] == [StageUnavailableError] * 5
             assert all("node-1" in str(error) for error in errors)
             async with asyncio.timeout(20):
@@ -122,6 +125,7 @@ async def test_killed_worker_ends_every_stream_and_is_named() -> None:
             assert (status.num_running, status.num_waiting) == (0, 0)
             with pytest.raises(StageUnavailableError, match="stage 1"):
                 await client.complete(PROMPT)
+        middle.process.kill()
 
 
 class FailsOnce:
