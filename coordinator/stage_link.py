@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -119,6 +120,8 @@ async def _translated(where: str) -> AsyncIterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         translated = from_rpc_error(error)
-        if isinstance(translated, StageUnavailableError) and where not in str(translated):
-            raise StageUnavailableError(f"{where} cannot be reached: {translated}", reason=translated.reason) from None
+        is_unheard = isinstance(translated, StageUnavailableError | StageTimeoutError)
+        if is_unheard and where not in str(translated):
+            message = f"{where} does not answer {socket.gethostname()}: {translated}"
+            raise type(translated)(message, reason=translated.reason) from None
         raise translated from None
