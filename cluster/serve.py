@@ -294,7 +294,7 @@ class _Assembly:
         self._coordinator = coordinator
         self._stop = stop
         self._here, *nodes = self._get(
-            [coordinator.locate.remote(), *(a.locate.remote(config.interface) for a in actors)]
+            [coordinator.locate.remote(config.interface), *(a.locate.remote(config.interface) for a in actors)]
         )
         members = sorted(zip(actors, nodes, strict=True), key=lambda member: str(member[1].node_id))
         self._members = [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
@@ -307,10 +307,12 @@ class _Assembly:
         config = self._config
         orders = [self._worker_order(member) for member in self._members]
         starts = [member.actor.start.remote(order) for member, order in zip(self._members, orders, strict=True)]
+        addresses = self._get(starts)
         order = CoordinatorOrder(
             config=config,
             spec=spec,
-            worker_addresses=tuple(self._get(starts)),
+            worker_addresses=tuple(addresses),
+            node_names={a: member.node.node_name for a, member in zip(addresses, self._members, strict=True)},
             listen_address=self._address(self._here),
             generation=time.time_ns() // 1_000_000,
             token=find_token() or "",

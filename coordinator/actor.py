@@ -11,6 +11,7 @@ import ray
 from cluster.clock import SystemClock
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts, WorkerId
+from cluster.wire.interfaces import address_of
 from cluster.wire.tls import SigningRequest
 from coordinator.order import CoordinatorOrder
 
@@ -29,10 +30,11 @@ class CoordinatorActor:
         self._signing: SigningRequest | None = None
         self._stopped = asyncio.Event()
 
-    async def locate(self) -> NodeFacts:
-        """Tell where the coordinator runs."""
+    async def locate(self, interface: str) -> NodeFacts:
+        """Tell where the coordinator runs and under which address the workers reach it."""
         node_id = ray.get_runtime_context().get_node_id()
-        return NodeFacts(node_id, socket.gethostname(), str(ray.util.get_node_ip_address()))
+        address = address_of(interface) if interface else str(ray.util.get_node_ip_address())
+        return NodeFacts(node_id, socket.gethostname(), address)
 
     async def request_signature(self, address: str) -> bytes:
         """Make a key, keep it, and return the PEM signing request for it."""

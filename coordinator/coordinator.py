@@ -16,6 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from cluster.clock import Clock
+from cluster.config import parse_port_range
 from cluster.errors import NotReadyError, SpanwiseError, StageUnavailableError
 from cluster.hub.resolve import tokenizer_folder
 from cluster.model_spec import FolderSource
@@ -59,7 +60,9 @@ class Coordinator:
         self._engine: Engine | None = None
         self._pipeline: Pipeline | None = None
         self._failure: str | None = None
-        self._links = [StageLink(address, credentials) for address in order.worker_addresses]
+        self._links = [
+            StageLink(address, credentials, order.node_names.get(address, "")) for address in order.worker_addresses
+        ]
         self._servers: list[grpc.aio.Server] = []
         self._health = HealthServicer()
         self._tasks: list[asyncio.Task[None]] = []
@@ -210,7 +213,8 @@ class Coordinator:
         server = new_server()
         servicer = CheckpointServicer(source.path, [file.name for file in self._order.spec.weight_files])
         stage_grpc.add_CheckpointServiceServicer_to_server(servicer, server)
-        port = bind(server, self._order.listen_address, range(0), self._credentials)
+        ports = parse_port_range(self._order.config.stage_ports)
+        port = bind(server, self._order.listen_address, ports, self._credentials)
         await server.start()
         self._servers.append(server)
         return f"{self._order.listen_address}:{port}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.config import ServeConfig
@@ -20,6 +21,7 @@ class CoordinatorOrder:
     token: str = field(default="", repr=False)
     certificate: bytes = b""
     authority: bytes = b""
+    node_names: Mapping[str, str] = field(default_factory=dict)  # by worker address, for messages
 
     def signed(self, certificate: bytes, authority: bytes) -> CoordinatorOrder:
         """Return the same order with the coordinator's certificate."""

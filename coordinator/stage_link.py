@@ -23,7 +23,7 @@ from cluster.rpc.v1 import stage_service_pb2 as service
 from cluster.rpc.v1 import stage_service_pb2_grpc as service_grpc
 from cluster.version import PROTOCOL_VERSION, VERSION
 from cluster.wire.channels import open_channel
-from cluster.wire.status import from_rpc_error
+from cluster.wire.status import from_rpc_error, is_worded
 from cluster.wire.steps import epoch_to_proto
 from cluster.wire.tls import Credentials
 from cluster.wire.workers import (
@@ -37,27 +37,33 @@ from cluster.wire.workers import (
 HELLO_SECONDS = 30.0
 MEASURE_SECONDS = 120.0
 OPEN_EPOCH_SECONDS = 15.0
+FIREWALL_ADVICE = (
+    "; let its port through the firewall (--stage-ports fixes the range), or choose the network that joins them "
+    "with --interface"
+)
 
 
 class StageLink:
     """A channel to one worker."""
 
-    def __init__(self, address: str, credentials: Credentials | None) -> None:
+    def __init__(self, address: str, credentials: Credentials | None, node_name: str = "") -> None:
+        """`node_name` names the worker's machine for a person."""
         self.address = address
+        self._name = f"worker at {address}" + (f" on {node_name}" if node_name else "")
         self._channel = open_channel(address, credentials)
         self.stub = service_grpc.StageServiceStub(self._channel)
 
     async def hello(self) -> WorkerInfo:
         """Exchange versions; the answer's address is replaced by the one that was dialled."""
         request = service.HelloRequest(protocol_version=PROTOCOL_VERSION, version=VERSION)
-        async with _translated(f"worker at {self.address}"):
+        async with _translated(self._name, advice=FIREWALL_ADVICE):
             response = await self.stub.Hello(request, timeout=HELLO_SECONDS, wait_for_ready=True)
         return worker_info_from_proto(response)
 
     async def measure(self, config: Mapping[str, Any]) -> ModelSizes:
         """Count a model's parameters on the worker."""
         request = service.MeasureModelRequest(config_json=json.dumps(dict(config)))
-        async with _translated(f"worker at {self.address}"):
+        async with _translated(self._name):
             response = await self.stub.MeasureModel(request, timeout=MEASURE_SECONDS)
         return model_sizes_from_proto(response)
 
@@ -70,7 +76,7 @@ class StageLink:
         stall_seconds: float,
     ) -> LoadedReport:
         """Load a span; StageTimeoutError when it makes no progress for `stall_seconds`."""
-        where = f"stage {order.stage} (worker at {self.address}, blocks {order.span})"
+        where = f"stage {order.stage} ({self._name}, blocks {order.span})"
         async with _translated(where):
             call = self.stub.LoadSpan(load_order_to_proto(order, epoch))
             try:
@@ -83,7 +89,7 @@ class StageLink:
         request = service.OpenEpochRequest(
             epoch=epoch_to_proto(epoch), next_address=next_address, next_node_name=next_node_name
         )
-        async with _translated(f"worker at {self.address}"):
+        async with _translated(self._name):
             await self.stub.OpenEpoch(request, timeout=OPEN_EPOCH_SECONDS)
 
     async def close(self) -> None:
@@ -114,14 +120,14 @@ async def _loaded(
 
 
 @asynccontextmanager
-async def _translated(where: str) -> AsyncIterator[None]:
-    """Turn gRPC's errors into ours, saying which worker it was where the error itself does not."""
+async def _translated(where: str, advice: str = "") -> AsyncIterator[None]:
+    """Turn gRPC's errors into ours. Those of the connection, which no worker has worded, name both ends."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
         translated = from_rpc_error(error)
-        is_unheard = isinstance(translated, StageUnavailableError | StageTimeoutError)
-        if is_unheard and where not in str(translated):
-            message = f"{where} does not answer {socket.gethostname()}: {translated}"
+        is_unheard = isinstance(translated, StageUnavailableError | StageTimeoutError) and not is_worded(error)
+        if is_unheard:
+            message = f"{where} does not answer {socket.gethostname()}: {translated}{advice}"
             raise type(translated)(message, reason=translated.reason) from None
         raise translated from None

@@ -9,12 +9,11 @@ import asyncio
 import socket
 from typing import TYPE_CHECKING
 
-import psutil
 import ray
 
-from cluster.errors import ConfigurationError
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts
+from cluster.wire.interfaces import address_of
 from cluster.wire.tls import Credentials, SigningRequest
 from worker.order import WorkerOrder
 
@@ -36,7 +35,7 @@ class WorkerActor:
     async def locate(self, interface: str) -> NodeFacts:
         """Tell where this worker runs and under which address neighbours reach it."""
         context = ray.get_runtime_context()
-        address = _address_of(interface) if interface else str(ray.util.get_node_ip_address())
+        address = address_of(interface) if interface else str(ray.util.get_node_ip_address())
         return NodeFacts(context.get_node_id(), socket.gethostname(), address)
 
     async def request_signature(self, address: str, node_name: str) -> bytes:
@@ -65,18 +64,3 @@ class WorkerActor:
         if not order.certificate or self._signing is None:
             return None
         return self._signing.credentials(order.certificate, order.authority)
-
-
-def _address_of(interface: str) -> str:
-    """Return the IPv4 address of a network interface; an address is returned as it is."""
-    known = psutil.net_if_addrs()
-    if interface not in known:
-        if interface.count(".") == 3:
-            return interface
-        raise ConfigurationError(
-            f"{socket.gethostname()} has no network interface {interface!r}; it has {', '.join(sorted(known))}"
-        )
-    for entry in known[interface]:
-        if entry.family == socket.AF_INET:
-            return str(entry.address)
-    raise ConfigurationError(f"network interface {interface!r} of {socket.gethostname()} has no IPv4 address")

@@ -80,6 +80,12 @@ def from_rpc_error(error: grpc.RpcError) -> SpanwiseError:
     return error_of(call.code(), call.details() or str(call.code()), reason)
 
 
+def is_worded(error: grpc.RpcError) -> bool:
+    """Tell whether the other side said what is wrong; if not, the error is the connection's."""
+    call: Any = error
+    return any(key == REASON_KEY for key, _ in call.trailing_metadata() or ())
+
+
 def as_spanwise_error(error: BaseException) -> SpanwiseError:
     """Return a domain error for whatever was raised; an unknown one is ours to report, with its traceback logged."""
     if isinstance(error, SpanwiseError):
