@@ -134,9 +134,6 @@ def check_port(host: str, port: int) -> None:
 @contextmanager
 def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterator[None]:
     """Join the Ray cluster at --address, RAY_ADDRESS or on this machine; start a local one when there is none."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let anything else go first
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors could not use what Ray starts ahead
     address = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_this_machine()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
     if address and address != "local":
@@ -151,11 +148,20 @@ def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterato
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigurationError(f"Ray did not start or let us join: {error}") from error
+        raise ConfigurationError(_why_no_ray(options["address"], error)) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _why_no_ray(address: str, error: Exception) -> str:
+    if address == "local":
+        return f"Ray did not start: {error}"
+    return (
+        f"the Ray cluster at {address} did not let us join: {error}; if it asks for a token, set RAY_AUTH_MODE=token "
+        "and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
+    )
 
 
 def _cluster_of_this_machine() -> str:

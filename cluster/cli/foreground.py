@@ -17,6 +17,7 @@ from cluster.cli.local_runs import run_store
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, SpanwiseError
 from cluster.logs import configure_logging
+from cluster.ray_environment import ray_environment
 from cluster.runs import RunRecord, RunState, RunStore, process_started, state_directory
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def how_to_use(config: ServeConfig) -> str:
 
 def load_server() -> Any:
     """Import `cluster.serve`; a client-only installation is told what is missing."""
+    os.environ.update(ray_environment(os.environ, Path.home()))
     try:
         return importlib.import_module("cluster.serve")
     except ModuleNotFoundError as error:

@@ -74,7 +74,6 @@ def _cluster(
 def main() -> None:
     """Run the command line of this process."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its remarks about lost connections are ours to make
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")  # and so are Ray's about lost workers
     app(prog_name="cluster")
 
 

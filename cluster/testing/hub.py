@@ -29,6 +29,7 @@ class HubRequest:
     path: str
     first_byte: int  # of a ranged request, else 0
     token: str  # without "Bearer"; empty when none was sent
+    client_port: int  # of the connection; while it lasts it tells which process asks
 
 
 class _Refusal(Exception):  # noqa: N818 - an answer rather than an error
@@ -141,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         hub, path = self.server.hub, urlsplit(self.path).path
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        hub.requests.append(HubRequest(self.command, path, self._first_byte(), token))
+        hub.requests.append(HubRequest(self.command, path, self._first_byte(), token, self.client_address[1]))
         try:
             if match := _API.fullmatch(path):
                 listing = hub.describe(match["repo"], unquote(match["revision"] or "main"), token)
