@@ -42,7 +42,7 @@ from worker.server import StageServer
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0
-STOP_SECONDS = 10.0
+STOP_SECONDS = 30.0
 MEMORY_BYTES = 1 << 30
 KV_BYTES = 64 << 20
 CPU = torch.device("cpu")

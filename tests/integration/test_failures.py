@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from functools import partial
 
 import pytest
 
 from cluster.client import AsyncClient
 from cluster.client.generation import Generation
-from cluster.errors import InvariantError, NotReadyError, SpanwiseError, StageUnavailableError
+from cluster.errors import InvariantError, NotFoundError, NotReadyError, SpanwiseError, StageUnavailableError
 from cluster.microbatch import Epoch, StepHeader
 from coordinator import events
 from tests.integration.local_cluster import (
@@ -83,6 +84,29 @@ async def test_pages_of_a_client_that_leaves_are_free(
     assert (await client.describe()).epoch == status.epoch
 
 
+async def test_requests_that_end_in_every_way_at_once_leave_nothing(cluster: LocalCluster, client: AsyncClient) -> None:
+    expected = await client.complete(PROMPT, max_tokens=16, ignore_eos=True)
+
+    async def run(number: int) -> None:
+        generation = client.generate(PROMPT, max_tokens=16, ignore_eos=True, request_id=f"request-{number}")
+        token_ids: list[int] = []
+        async for piece in generation:
+            token_ids += piece.token_ids
+            if len(token_ids) == number % 16 and number % 4 == 1:
+                await generation.aclose()
+                break
+            if len(token_ids) == number % 16 and number % 4 == 2:
+                with suppress(NotFoundError):  # it may have ended in the meantime
+                    await client.abort(generation.request_id)
+        assert tuple(token_ids) == expected.token_ids[: len(token_ids)]
+
+    await asyncio.gather(*map(run, range(48)))
+    await cluster.wait_until_pages_are_free(client)
+    status = await client.describe()
+    assert (status.num_running, status.num_waiting, status.num_requests_failed) == (0, 0, 0)
+
+
+@pytest.mark.slow
 async def test_pages_of_a_client_process_that_dies_are_free(cluster: LocalCluster, client: AsyncClient) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -99,6 +123,7 @@ async def test_pages_of_a_client_process_that_dies_are_free(cluster: LocalCluste
     await cluster.wait_until_pages_are_free(client)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cause", [signal.SIGKILL, signal.SIGSTOP])
 async def test_lost_worker_ends_every_stream_and_is_named(cause: signal.Signals) -> None:
     """A killed one closes its connections; a stopped one, like a machine that vanished, just says nothing more."""

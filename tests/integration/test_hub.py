@@ -19,7 +19,7 @@ from tests.checkpoints import FileFormat, make_checkpoint
 from tests.integration.local_cluster import WorkerProcess, serving, worker_process
 from tests.worker.references import generate, load_reference
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.slow]
 
 NUM_SHARDS = 6
 TOKEN = "hf_good"
