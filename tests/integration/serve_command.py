@@ -129,9 +129,9 @@ class Server(Running):
         found: dict[str, Any] = json.loads(done.stdout)
         return found
 
-    def generate(self, prompt: str, max_tokens: int) -> str:
+    def generate(self, prompt: str, max_tokens: int, *more: str) -> str:
         """Return the greedy text that the command prints."""
-        options = ("--max-tokens", str(max_tokens), "--temperature", "0")
+        options = ("--max-tokens", str(max_tokens), "--temperature", "0", *more)
         done = self.call("generate", prompt, "--server", self.address, *options)
         assert done.returncode == 0, done.stderr
         return done.stdout
