@@ -77,7 +77,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions, *, request_id: st
 def tokenize_request(prompt: Prompt, model: str) -> service.TokenizeRequest:
     """Return the message for text or a chat."""
     if isinstance(prompt, str):
-        return service.TokenizeRequest(model=model, text=prompt)
+        return service.TokenizeRequest(model=model, text=_text(prompt))
     return service.TokenizeRequest(model=model, chat=_chat(prompt))
 
 
@@ -133,11 +133,21 @@ def _set(message: Any, field: str, name: str, value: object) -> None:
 
 def _set_prompt(request: service.GenerateRequest, prompt: Prompt) -> None:
     if isinstance(prompt, str):
-        request.text = prompt
+        request.text = _text(prompt)
     elif _is_chat(prompt):
         request.chat.CopyFrom(_chat(prompt))
     else:
         request.token_ids.CopyFrom(generation.TokenIds(ids=_token_ids("prompt", prompt)))
+
+
+def _text(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"the prompt is not valid Unicode: {error.reason} at character {error.start}"
+        ) from error
+    return prompt
 
 
 def _is_chat(prompt: object) -> bool:

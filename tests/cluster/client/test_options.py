@@ -127,3 +127,8 @@ def test_options_are_those_of_the_documentation():
         *("frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs"),
         *("prompt_logprobs", "num_completions", "echo", "model", "request_id", "silence_timeout", "on_progress"),
     }
+
+
+def test_a_lone_surrogate_is_the_callers_mistake() -> None:
+    with pytest.raises(InvalidRequestError, match="not valid Unicode"):
+        generate_request("so \ud800 far", {}, request_id="id")
