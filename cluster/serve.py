@@ -81,9 +81,11 @@ def run(
     config.validate()
     check_port(config.host, config.port)
     spec = resolve(config.model, revision=config.revision, token=find_token())
+    check_workers(config.workers, spec)
     with _signals_set(stop), ExitStack() as stack:
         stack.enter_context(_ray_session(config, on_note))
         stack.enter_context(_signals_set(stop))  # again: ray.init has put its own handler in place
+        on_note(f"starting {config.workers} worker process{'es' if config.workers > 1 else ''} and the coordinator")
         try:
             deployment = stack.enter_context(_deployment(config, spec, stop))
         except RequestCancelledError:
@@ -126,6 +128,15 @@ def check_port(host: str, port: int) -> None:
                 f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it (`cluster stop` if it is an "
                 "earlier serve), or choose another port with --port"
             ) from error
+
+
+def check_workers(num_workers: int, spec: ModelSpec) -> None:
+    """Raise ConfigurationError when there is not a block for every worker, before any is started."""
+    if num_workers > spec.num_blocks:
+        raise ConfigurationError(
+            f"{num_workers} workers cannot share the {spec.num_blocks} blocks of {spec.name}, each needs at least one; "
+            f"use --workers with a number from 1 to {spec.num_blocks}"
+        )
 
 
 # --- Ray -------------------------------------------------------------------------------------------------------------
