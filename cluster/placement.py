@@ -19,6 +19,7 @@ class NodeFacts:
     node_id: str
     node_name: str
     address: str  # that the other nodes reach it by
+    version: str  # of Spanwise, there
 
 
 @dataclass(frozen=True, slots=True)

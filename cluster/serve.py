@@ -7,6 +7,7 @@ everything per request are in `coordinator`; what the terminal shows is in `clus
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -24,7 +25,13 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from cluster.config import ServeConfig, parse_port_range
-from cluster.errors import ConfigurationError, RequestCancelledError, SpanwiseError, StageUnavailableError
+from cluster.errors import (
+    ConfigurationError,
+    IncompatibleVersionError,
+    RequestCancelledError,
+    SpanwiseError,
+    StageUnavailableError,
+)
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import ModelSpec
 from cluster.placement import NodeFacts, WorkerId
@@ -99,21 +106,27 @@ def inspect_nodes(
     """Run `inspect` on every node of the Ray cluster; return by node name what it found, or why it could not run."""
     with _ray_session(config, on_note):
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        remote = ray.remote(inspect)
+        remote = ray.remote(_call)  # Ray takes plain functions only, and `inspect` may be a partial one
         calls = {
             f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": remote.options(
                 num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote()
+            ).remote(inspect)
             for node in nodes
         }
         return {name: _outcome(call) for name, call in calls.items()}
 
 
+def _call(inspect: Callable[[], Facts]) -> Facts:
+    return inspect()
+
+
 def _outcome(call: Any) -> Any:
     try:
         return _get([call], INSPECT_SECONDS, threading.Event())[0]
-    except (SpanwiseError, ray.exceptions.RayError) as error:
+    except SpanwiseError as error:
         return str(error)
+    except ray.exceptions.RayError as error:
+        return explain(error)
 
 
 def check_port(host: str, port: int) -> None:
@@ -271,7 +284,29 @@ def _get(references: list[Any], timeout_seconds: float, stop: threading.Event) -
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        raise StageUnavailableError(f"a Ray actor died while starting: {error}") from error
+        raise StageUnavailableError(f"a Ray actor died while starting: {explain(error)}") from error
+
+
+def explain(error: ray.exceptions.RayError) -> str:
+    """Say in a sentence what Ray tells in a page: on which node it was, and the page's last line."""
+    text = str(error)
+    names = {str(node["NodeManagerAddress"]): str(node["NodeManagerHostname"]) for node in ray.nodes()}
+    address = re.search(r"\bip[=:] ?([0-9a-f.:]+)", text)
+    where = f"on {names.get(address[1], 'a node')} ({address[1]}): " if address else ""
+    advice = ""
+    if "ModuleNotFoundError" in text:
+        advice = "; install the same version of spanwise[server] there, for the Python that runs Ray"
+    return f"{where}{text.strip().splitlines()[-1].strip()}{advice}"
+
+
+def check_same_version(nodes: Sequence[NodeFacts]) -> None:
+    """Raise IncompatibleVersionError unless all nodes have the same version of Spanwise."""
+    found = {node.node_name: node.version for node in nodes}
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{node}: {version}" for node, version in sorted(found.items()))
+        raise IncompatibleVersionError(
+            f"the nodes have different versions of Spanwise ({listed}); install the same on all"
+        )
 
 
 # --- Deployment ------------------------------------------------------------------------------------------------------
@@ -313,6 +348,7 @@ class _Assembly:
         self._here, *nodes = self._get(
             [coordinator.locate.remote(config.interface), *(a.locate.remote(config.interface) for a in actors)]
         )
+        check_same_version([self._here, *nodes])
         members = sorted(zip(actors, nodes, strict=True), key=lambda member: str(member[1].node_id))
         self._members = [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
         self._is_local = not config.interface and all(node.node_id == self._here.node_id for node in nodes)

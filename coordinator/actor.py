@@ -11,6 +11,7 @@ import ray
 from cluster.clock import SystemClock
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts, WorkerId
+from cluster.version import VERSION
 from cluster.wire.interfaces import address_of
 from cluster.wire.tls import SigningRequest
 from coordinator.order import CoordinatorOrder
@@ -34,7 +35,7 @@ class CoordinatorActor:
         """Tell where the coordinator runs and under which address the workers reach it."""
         node_id = ray.get_runtime_context().get_node_id()
         address = address_of(interface) if interface else str(ray.util.get_node_ip_address())
-        return NodeFacts(node_id, socket.gethostname(), address)
+        return NodeFacts(node_id, socket.gethostname(), address, VERSION)
 
     async def request_signature(self, address: str) -> bytes:
         """Make a key, keep it, and return the PEM signing request for it."""

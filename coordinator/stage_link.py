@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import StageTimeoutError, StageUnavailableError
+from cluster.errors import IncompatibleVersionError, StageTimeoutError, StageUnavailableError
 from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSizes
@@ -126,6 +126,10 @@ async def _translated(where: str, advice: str = "") -> AsyncIterator[None]:
         yield
     except grpc.aio.AioRpcError as error:
         translated = from_rpc_error(error)
+        if isinstance(translated, IncompatibleVersionError):
+            raise IncompatibleVersionError(
+                f"{where} does not understand {socket.gethostname()}: {translated}"
+            ) from None
         is_unheard = isinstance(translated, StageUnavailableError | StageTimeoutError) and not is_worded(error)
         if is_unheard:
             message = f"{where} does not answer {socket.gethostname()}: {translated}{advice}"

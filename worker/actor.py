@@ -13,6 +13,7 @@ import ray
 
 from cluster.logs import configure_logging
 from cluster.placement import NodeFacts
+from cluster.version import VERSION
 from cluster.wire.interfaces import address_of
 from cluster.wire.tls import Credentials, SigningRequest
 from worker.order import WorkerOrder
@@ -36,7 +37,7 @@ class WorkerActor:
         """Tell where this worker runs and under which address neighbours reach it."""
         context = ray.get_runtime_context()
         address = address_of(interface) if interface else str(ray.util.get_node_ip_address())
-        return NodeFacts(context.get_node_id(), socket.gethostname(), address)
+        return NodeFacts(context.get_node_id(), socket.gethostname(), address, VERSION)
 
     async def request_signature(self, address: str, node_name: str) -> bytes:
         """Make a key, keep it, and return the PEM signing request for it."""

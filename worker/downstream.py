@@ -60,7 +60,9 @@ class Downstream:
         except grpc.aio.AioRpcError as error:
             known = as_spanwise_error(error)
             if isinstance(known, IncompatibleVersionError):
-                raise known from None
+                raise IncompatibleVersionError(
+                    f"the next stage on {self._description} at {self._address} does not understand {here}: {known}"
+                ) from None
             raise StageUnavailableError(
                 f"{here} cannot reach the next stage on {self._description} at {self._address} within "
                 f"{CONNECT_SECONDS:g} s: let its port through the firewall (--stage-ports fixes the range), or choose "

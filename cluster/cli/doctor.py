@@ -50,13 +50,14 @@ def doctor(
     console.print(facts_table(report))
     advice = [*advise(report), *unreachable]
     for line in advice or ["nothing to do"]:
-        console.print(f"• {line}", soft_wrap=True)
+        console.print(f"• {line}", soft_wrap=True, markup=False)  # `spanwise[server]` is no markup
     if advice:
         raise typer.Exit(1)
 
 
 def facts_table(report: Report) -> object:
     """Return a rich table with a row per machine."""
+    from rich.markup import escape
     from rich.table import Table
 
     from cluster.cli.console import size
@@ -64,7 +65,7 @@ def facts_table(report: Report) -> object:
     table = Table("node", "Python", "Spanwise", "Ray", "torch", "GPU and driver", "free for downloads", "proxy")
     for name, facts in report.items():
         if isinstance(facts, str):
-            table.add_row(name, facts, style="red")
+            table.add_row(name, escape(facts), style="red")
             continue
         versions = [facts.versions[package] or "-" for package in ("spanwise", "ray", "torch")]
         disk = f"{size(facts.cache_free_bytes)} in {facts.cache_folder}"

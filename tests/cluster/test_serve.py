@@ -13,7 +13,8 @@ import ray
 
 from cluster import serve
 from cluster.config import ServeConfig
-from cluster.errors import ConfigurationError, NotFoundError
+from cluster.errors import ConfigurationError, IncompatibleVersionError, NotFoundError
+from cluster.placement import NodeFacts
 
 
 @pytest.fixture
@@ -121,3 +122,25 @@ def test_cluster_that_refuses_us_is_told_with_the_token_it_may_want(
     error, _ = run(address=address)
     assert error.startswith(f"the Ray cluster at {address} did not let us join: no such luck; if it asks for a token")
     assert no_ray[0]["address"] == address
+
+
+def test_nodes_of_one_version_are_accepted_and_others_are_listed() -> None:
+    nodes = [NodeFacts(str(number), f"n{number}", "192.0.2.1", "0.1.0") for number in range(2)]
+    serve.check_same_version(nodes)
+    with pytest.raises(IncompatibleVersionError, match=r"n0: 0\.1\.0, n1: 0\.1\.0, n9: 0\.2\.0"):
+        serve.check_same_version([*nodes, NodeFacts("9", "n9", "192.0.2.9", "0.2.0")])
+
+
+RAY_ON_A_NODE_WITHOUT_SPANWISE = """The actor died because of an error raised in its creation task, ray::WorkerActor.__init__() \
+(pid=233, ip=192.0.2.3, actor_id=01f6, repr=<worker.actor>)
+RuntimeError: The actor with name WorkerActor failed to import on the worker. This may be because of this:
+
+ModuleNotFoundError: No module named 'worker'
+"""
+
+
+def test_a_node_without_spanwise_is_named_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"NodeManagerAddress": "192.0.2.3", "NodeManagerHostname": "n3"}]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    told = serve.explain(ray.exceptions.RayError(RAY_ON_A_NODE_WITHOUT_SPANWISE))
+    assert told.startswith("on n3 (192.0.2.3): ModuleNotFoundError: No module named 'worker'; install the same version")

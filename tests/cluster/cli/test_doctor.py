@@ -89,3 +89,11 @@ def test_doctor_asks_every_node_and_lets_them_dial_each_other(run, monkeypatch):
     assert result.exit_code == 1
     assert asked[1] == ("auto", "unreachable_peers", (("10.0.0.1", "10.0.0.2"), 7300))
     assert "a (10.0.0.1) cannot reach b (10.0.0.2) on port 7300" in result.output
+
+
+def test_what_to_install_is_printed_with_its_extra(run, monkeypatch):
+    why = "no module named 'worker'; install spanwise[server] there"
+    report = {"a (10.0.0.1)": FACTS, "b (10.0.0.2)": why}
+    fake = types.SimpleNamespace(inspect_nodes=lambda *_, **__: report)
+    monkeypatch.setitem(sys.modules, "cluster.serve", fake)
+    assert f"• b (10.0.0.2): {why}" in run("doctor", "--address", "auto").output
