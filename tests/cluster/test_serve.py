@@ -131,7 +131,7 @@ def test_nodes_of_one_version_are_accepted_and_others_are_listed() -> None:
         serve.check_same_version([*nodes, NodeFacts("9", "n9", "192.0.2.9", "0.2.0")])
 
 
-RAY_ON_A_NODE_WITHOUT_SPANWISE = """The actor died because of an error raised in its creation task, ray::WorkerActor.__init__() \
+RAY_ON_A_NODE_WITHOUT_SPANWISE = """The actor died because of an error raised in its creation task, ray::WorkerActor() \
 (pid=233, ip=192.0.2.3, actor_id=01f6, repr=<worker.actor>)
 RuntimeError: The actor with name WorkerActor failed to import on the worker. This may be because of this:
 
