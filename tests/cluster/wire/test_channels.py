@@ -131,7 +131,6 @@ async def test_an_internal_channel_uses_no_proxy(address, monkeypatch):
     assert response.status == SERVING
 
 
-
 async def test_a_proxy_is_never_asked_for_this_machine(address, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # the discard port: nobody there
     monkeypatch.delenv("no_proxy", raising=False)
