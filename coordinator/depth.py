@@ -1,11 +1,13 @@
 """How deep to fill the pipeline: measured step times, and what follows from them.
 
-Two questions are answered from one model of the pipeline, seconds by step size, measured per stage:
+Three questions are answered from one model of the pipeline, seconds by step size, measured per stage:
 
 * how many steps to have in flight (`depth`): enough that the slowest stage is busy, that is at least
   (sum of stage times + hops) / slowest stage time. It may exceed the number of stages (hops count), and it falls to 1
   where splitting costs more than it gains (a stage that reads its blocks from disk is as slow for 1 token as for 16);
-* how large a step may be while others decode (`largest_step`).
+* how large a step may be while others decode (`largest_step`);
+* how large a piece of the prompts a step should take (`prompt_chunk`): small pieces fill and drain the pipeline
+  quickly, large ones compute efficiently.
 
 Covers arithmetic on numbers handed in; reads no clock.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from math import ceil
 
 from cluster.microbatch import StageTiming
 
@@ -125,3 +128,23 @@ class PipelineTimes:
         sizes = range(max_step_tokens + 1)
         largest = bisect_right(sizes, allowed, key=lambda size: self.round_seconds(depth, size)) - 1
         return max(largest, num_decodes + 1)
+
+    def prompt_chunk(self, num_prompt_tokens: int, page_size: int, max_step_tokens: int) -> int:
+        """Return how many prompt tokens a step should have for all of them to pass the pipeline soonest.
+
+        n equal pieces take n + (stages - 1) times the slowest stage's time for one. Whole pages; before anything was
+        measured, one piece per stage.
+        """
+        largest = min(max_step_tokens, _round_up(num_prompt_tokens, page_size))
+        if not self.is_measured:
+            return min(largest, _round_up(num_prompt_tokens / self.num_stages, page_size))
+
+        def makespan(size: int) -> float:
+            pieces = max(1.0, num_prompt_tokens / size)
+            return (pieces + self.num_stages - 1) * max(curve.seconds(size) for curve in self._stages)
+
+        return min(range(page_size, largest + 1, page_size), key=makespan, default=largest)
+
+
+def _round_up(number: float, multiple: int) -> int:
+    return max(1, ceil(number / multiple)) * multiple

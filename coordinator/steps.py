@@ -15,7 +15,6 @@ from cluster.request import SequenceId
 from coordinator.admission import Limits
 from coordinator.batching import Microbatch
 from coordinator.depth import NANOSECONDS, PipelineTimes
-from coordinator.pages import num_pages_for
 from coordinator.sequences import RequestRecord, RunningSequences
 from coordinator.story import Story
 
@@ -102,13 +101,13 @@ class EpochSteps:
         return microbatch
 
     def _prompt_budget(self, running: RunningSequences, microbatch: Microbatch, depth: int, group: int) -> int:
-        """Return how many prompt tokens the microbatch may have: an even share of the backlog, in whole pages, within
+        """Return how many prompt tokens the microbatch may have: what brings the whole backlog through soonest, within
         the step's limit, and within the inter-token target while others decode."""
         largest = self._limits.max_step_tokens
         if running.num_decoding:
             largest = self._times.largest_step(depth, group, self._limits.inter_token_target, largest)
-        share = num_pages_for(-(-self._prompt_backlog(running) // depth), self._limits.page_size)
-        return min(largest - len(microbatch.decodes), share * self._limits.page_size)
+        chunk = self._times.prompt_chunk(self._prompt_backlog(running), self._limits.page_size, largest)
+        return min(largest - len(microbatch.decodes), chunk)
 
     def _send(self, microbatch: Microbatch, now: float) -> StepHeader:
         self._num_formed += 1

@@ -77,8 +77,8 @@ def test_a_long_prompt_is_in_flight_in_several_chunks() -> None:
     simulation = simulate(linear(0.01, 0.001), linear(0.01, 0.001))
     simulation.arrive(0.0, make_request("a", 2000, 2, ignore_eos=True))
     simulation.run()
-    chunks = [header.lengths for header in simulation.headers]
-    assert chunks == [(512,), (512,), (512,), (464,), (1,)]
+    assert sum(header.num_tokens for header in simulation.headers) == 2001
+    assert simulation.peak_in_flight >= 2
     starts = [timings[0].started_ns for timings in simulation.timings[:4]]
     assert starts[1] == simulation.timings[0][0].finished_ns
 
@@ -97,11 +97,15 @@ def test_prompts_are_cut_so_that_decoding_streams_keep_their_pace() -> None:
     assert alone == []
 
 
-def test_without_decodes_prompts_use_the_whole_step() -> None:
+def test_prompts_alone_pass_in_pieces_that_fill_and_drain_the_pipeline_quickly() -> None:
     simulation = simulate(linear(0.004, 0.01), linear(0.004, 0.01), inter_token_target=0.1)
-    simulation.arrive(0.0, make_request("long", 2048, 1, ignore_eos=True))
+    simulation.arrive(0.0, make_request("warm", 64, 1, ignore_eos=True))
     simulation.run()
-    assert [header.num_tokens for header in simulation.headers] == [512, 512, 512, 512]
+    begun = simulation.now
+    simulation.arrive(begun, make_request("long", 2048, 1, ignore_eos=True))
+    simulation.run()
+    one_stage_alone = 2048 * 0.01
+    assert simulation.now - begun < 1.1 * one_stage_alone  # in whole steps of 512 it would be 1.25
 
 
 def test_a_stage_whose_time_does_not_depend_on_tokens_sees_one_group() -> None:
@@ -110,7 +114,10 @@ def test_a_stage_whose_time_does_not_depend_on_tokens_sees_one_group() -> None:
     simulation.arrive(0.0, make_request("canary", 5, 2, ignore_eos=True))
     streams(simulation, 16, prompt=30, max_tokens=20)
     simulation.run()
-    assert {num_decodes(header) for header in simulation.headers[-15:]} <= {15, 16}
+    assert {num_decodes(header) for header in simulation.headers[-15:-1]} <= {
+        15,
+        16,
+    }  # one began a step later than the rest
     assert len(simulation.headers) < 30
 
 
