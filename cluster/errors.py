@@ -13,7 +13,7 @@
     ├── RequestCancelledError      CANCELLED            the client went away
     ├── IncompatibleVersionError   UNIMPLEMENTED        two sides speak different protocol versions
     ├── InvariantError             INTERNAL             our bug: please report
-    └── ConfigurationError         (never on the wire)  a setting, a checkpoint or a machine is not as needed
+    └── ConfigurationError         FAILED_PRECONDITION  a setting, a checkpoint or a machine is not as needed
 
 Each class carries `reason`, a stable machine-readable word that tells e.g. a full queue from full pages.
 `cluster.wire.status` maps them to gRPC statuses and back; foreign exceptions stop there.
