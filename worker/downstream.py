@@ -43,7 +43,7 @@ class Downstream:
     """Sends steps to the next stage of one epoch."""
 
     def __init__(self, address: str, description: str, credentials: Credentials | None, clock: Clock) -> None:
-        """`description` names the next stage's node for a person."""
+        """`description` names the next stage and its node for a person."""
         self._clock = clock
         self._description = description
         self._address = address
@@ -61,10 +61,10 @@ class Downstream:
             known = as_spanwise_error(error)
             if isinstance(known, IncompatibleVersionError):
                 raise IncompatibleVersionError(
-                    f"the next stage on {self._description} at {self._address} does not understand {here}: {known}"
+                    f"{self._description} at {self._address} does not understand {here}: {known}"
                 ) from None
             raise StageUnavailableError(
-                f"{here} cannot reach the next stage on {self._description} at {self._address} within "
+                f"{here} cannot reach {self._description} at {self._address} within "
                 f"{CONNECT_SECONDS:g} s: let its port through the firewall (--stage-ports fixes the range), or choose "
                 "the network that joins them with --interface"
             ) from None
@@ -112,7 +112,7 @@ class Downstream:
             on_broken(as_spanwise_error(error))
 
     def _name(self) -> str:
-        return f"the next stage on {self._description} at {self._address}"
+        return f"{self._description} at {self._address}"
 
 
 def _messages(header: StepHeader, tensors: Mapping[str, Tensor]) -> Iterator[service.ForwardRequest]:

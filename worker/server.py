@@ -238,7 +238,8 @@ class StageServer(service_grpc.StageServiceServicer):
         await relay.close_epoch()
         downstream = None
         if request.next_address:
-            downstream = Downstream(request.next_address, request.next_node_name, self._credentials, self._clock)
+            follower = f"stage {relay.stage + 1} on {request.next_node_name}"
+            downstream = Downstream(request.next_address, follower, self._credentials, self._clock)
             here = f"stage {relay.stage} on {self._info.node_name} ({self._info.address})"
             try:
                 await downstream.connect(here)
