@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from coordinator.detokenizer import Detokenizer
 from coordinator.stop_strings import StopStrings
 from coordinator.tokenizer import Tokenizer
-from tests.worker.pipeline_driver import PipelineDriver, load_span, make_order
+from tests.worker.pipeline_driver import PipelineDriver, load_span, make_order, recorded_logits
 from tests.worker.references import generate, load_reference
 
 VOCAB_SIZE = 49_152
@@ -38,14 +39,17 @@ def pipeline(smollm2: Path) -> PipelineDriver:
 
 
 @pytest.mark.timeout(300)
-def test_chat_gives_the_tokens_and_the_text_of_transformers(smollm2: Path, pipeline: PipelineDriver) -> None:
+def test_chat_gives_the_tokens_logits_and_text_of_transformers(smollm2: Path, pipeline: PipelineDriver) -> None:
     tokenizer = Tokenizer(smollm2, VOCAB_SIZE)
     reference = load_reference(smollm2)
     for chat in CHATS:
         prompt, text = tokenizer.encode_chat(chat, max_tokens=512)
         assert text.endswith("<|im_start|>assistant\n")
-        token_ids = pipeline.generate(prompt, MAX_TOKENS, chunk=16)
-        assert token_ids == generate(reference, prompt, MAX_TOKENS).token_ids
+        expected = generate(reference, prompt, MAX_TOKENS)
+        with recorded_logits() as recorded:
+            token_ids = pipeline.generate(prompt, MAX_TOKENS, chunk=16)
+        assert token_ids == expected.token_ids
+        torch.testing.assert_close(torch.cat(recorded), expected.logits, atol=1e-3, rtol=0)
         detokenizer = Detokenizer(tokenizer, prompt)
         pieces = [detokenizer.push([token_id]) for token_id in token_ids]
         assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(token_ids)
