@@ -13,6 +13,7 @@
     ├── RequestCancelledError      CANCELLED            the client went away
     ├── IncompatibleVersionError   UNIMPLEMENTED        two sides speak different protocol versions
     ├── InvariantError             INTERNAL             our bug: please report
+    ├── StorageError               DATA_LOSS            stored weights are damaged, cut short or cannot be read
     └── ConfigurationError         FAILED_PRECONDITION  a setting, a checkpoint or a machine is not as needed
 
 Each class carries `reason`, a stable machine-readable word that tells e.g. a full queue from full pages.
@@ -103,6 +104,12 @@ class InvariantError(SpanwiseError):
     """A bug of ours: something that the code relies on does not hold."""
 
     default_reason = "INVARIANT"
+
+
+class StorageError(SpanwiseError):
+    """Stored weights are damaged, cut short or cannot be read; the message names the block. Loading again rebuilds."""
+
+    default_reason = "DAMAGED_WEIGHTS"
 
 
 class ConfigurationError(SpanwiseError):

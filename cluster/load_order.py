@@ -11,6 +11,17 @@ from cluster.span import Span
 
 
 @dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """Where a worker keeps what it converts and downloads, and how much of it. Empty folders: the defaults."""
+
+    store_folder: str = ""
+    download_folder: str = ""
+    is_source_discarded: bool = False  # delete each downloaded file once everything that it holds is converted
+    quota_bytes: int = 0  # of the block store; 0: none
+    reserve_bytes: int = 0  # of the disk that must stay free
+
+
+@dataclass(frozen=True, slots=True)
 class LoadOrder:
     """Everything a worker needs to load its span. `token` is a hub token: never log it."""
 
@@ -30,13 +41,24 @@ class LoadOrder:
     max_context: int
     is_exact: bool
     token: str = field(default="", repr=False)
+    store: StoreOptions = field(default_factory=StoreOptions)
+    holders: tuple[str, ...] = ()  # host:port of stage services that may hold converted parts or downloaded files
+    compute_dtype: str = "auto"  # "auto", "fp32", "bf16" or "fp16"
+    outlier_threshold: float = 6.0  # of int8: inputs of at least this magnitude are multiplied exactly
+    num_streamed: int = 0  # the first of `streaming_order` are read from disk at every step
+    ring_bytes: int = 0  # of buffers for them
+    memory_bytes: int = 0  # for resident weights and keys and values together, between which the stage may shift
+    expert_cache_bytes: int = 0  # for experts that are read on demand; 0: all experts are resident
+
+
+LoadPhase = Literal["downloading", "converting", "verifying", "loading"]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """A sign of life while loading. `bytes_total` 0 means unknown."""
 
-    phase: Literal["downloading", "loading"]
+    phase: LoadPhase
     bytes_done: int
     bytes_total: int
 
@@ -45,8 +67,10 @@ class LoadProgress:
 class LoadedReport:
     """What a worker holds after loading."""
 
-    weight_bytes: int
+    weight_bytes: int  # in memory
     kv_bytes: int
     compute_dtype: str
     wire_dtype: str
     kv_dtype: str
+    streamed_bytes: int = 0  # read from disk at every step
+    disk_bytes_per_second: float = 0.0  # what a short probe of that disk gave

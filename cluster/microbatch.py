@@ -55,6 +55,18 @@ class StageTiming:
     started_ns: int  # the compute thread begins
     finished_ns: int  # the output is handed to the sender
     received_bytes: int = 0
+    read_bytes: int = 0  # of weights, from disk, that this step used
+    stall_ns: int = 0  # that the compute thread waited for them
+    resident_bytes: int = 0  # of weights, in memory when the step ended
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTraffic:
+    """What a step read from disk because not all weights are in memory."""
+
+    read_bytes: int = 0
+    stall_ns: int = 0  # that the compute thread waited for reads
+    resident_bytes: int = 0  # of weights in memory when the step ended
 
 
 @dataclass(frozen=True, slots=True)

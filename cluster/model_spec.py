@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,15 +23,22 @@ SUPPORTED_ARCHITECTURES = (
 
 
 class Precision(Enum):
-    """How weights are stored in a worker's memory."""
+    """How weights of linear layers are stored. INT8: one scale per output row. NF4: as bitsandbytes stores it."""
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    INT8 = "int8"
+    NF4 = "nf4"
 
     @property
-    def bytes_per_parameter(self) -> float:
-        return {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}[self.value]
+    def is_quantized(self) -> bool:
+        return self in (Precision.INT8, Precision.NF4)
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """Bits of one parameter of a linear layer, scales of NF4's blocks included, those of rows aside."""
+        return {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}[self.value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,7 @@ class ModelSpec:
     weight_files: tuple[CheckpointFile, ...]
     weight_map: Mapping[str, str] = field(default_factory=dict)  # tensor → file, from the index; empty: one file
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    stored_precision: Precision | None = None  # of a checkpoint that comes quantized, or of a converted one
 
     @property
     def revision(self) -> str:
@@ -86,11 +95,48 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """Parameter counts, from the block definitions themselves (a worker counts them on torch's meta device)."""
+class WeightCount:
+    """What a part of a model consists of, in numbers."""
 
-    block_num_parameters: tuple[int, ...]  # per block
+    num_linear: int = 0  # parameters of linear layers, which are stored in the placement's precision
+    num_rows: int = 0  # output rows of those layers: each has a scale in int8
+    num_kept: int = 0  # parameters of linear layers that a quantized checkpoint left in 16 bits
+    num_small: int = 0  # norms, biases and the like, held in the compute dtype
+
+    @property
+    def num_parameters(self) -> int:
+        return self.num_linear + self.num_kept + self.num_small
+
+    def __add__(self, other: WeightCount) -> WeightCount:
+        return WeightCount(
+            self.num_linear + other.num_linear,
+            self.num_rows + other.num_rows,
+            self.num_kept + other.num_kept,
+            self.num_small + other.num_small,
+        )
+
+    def large_bytes(self, precision: Precision) -> int:
+        """Return the bytes that a pass reads when the part is streamed."""
+        return math.ceil(self.num_linear * precision.bits_per_parameter / 8) + 2 * self.num_kept
+
+    def small_bytes(self, precision: Precision) -> int:
+        """Return the bytes that stay in memory even when the part is streamed."""
+        return 4 * self.num_small + (8 * self.num_rows if precision is Precision.INT8 else 0)
+
+    def resident_bytes(self, precision: Precision) -> int:
+        """Return the bytes of the part when it is held in memory."""
+        return self.large_bytes(precision) + self.small_bytes(precision)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What a model consists of, from the block definitions themselves (a worker counts them on torch's meta device)."""
+
+    blocks: tuple[WeightCount, ...]  # per block, experts included
+    experts: tuple[WeightCount, ...]  # per block: all of its experts together; empty counts where there are none
+    num_experts: int  # per block that has any
     embedding_num_parameters: int
-    head_num_parameters: int  # final norm and head, tied or not: the last stage holds its own
+    head: WeightCount  # final norm and head, tied or not: the last stage holds its own
     kv_elements_per_token: tuple[int, ...]  # per block: keys and values of one token
     hidden_size: int
+    num_output_elements: int  # per token: the outputs of all linear layers that one block computes, at most

@@ -36,3 +36,10 @@ def is_tiling(spans: list[Span], num_blocks: int) -> bool:
     if not spans or spans[0].start != 0 or spans[-1].end != num_blocks:
         return False
     return all(left.end == right.start for left, right in pairwise(spans))
+
+
+def streaming_order(num_blocks: int) -> tuple[int, ...]:
+    """Return in which order blocks 0 … num_blocks - 1 of a span give up their memory, so that the first k of them lie
+    evenly among the others for every k: the order of their bit-reversed numbers (van der Corput's sequence)."""
+    width = max(1, (num_blocks - 1).bit_length())
+    return tuple(sorted(range(num_blocks), key=lambda block: int(f"{block:0{width}b}"[::-1], 2)))

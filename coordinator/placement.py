@@ -9,7 +9,6 @@ Covers the order of workers, their spans, and how many KV pages there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -45,7 +44,7 @@ class PlacementOptions:
 
 def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> Placement:
     """Decide spans and pages. Raises ConfigurationError, with every stage's numbers, when something does not fit."""
-    num_blocks = len(sizes.block_num_parameters)
+    num_blocks = len(sizes.blocks)
     if not 0 < len(workers) <= num_blocks:
         raise ConfigurationError(
             f"{len(workers)} workers cannot share {num_blocks} blocks, each needs at least one; "
@@ -76,20 +75,15 @@ class _Ledger:
 
     def __init__(self, sizes: ModelSizes, options: PlacementOptions) -> None:
         self.options = options
-        self._weights = [0, *accumulate(sizes.block_num_parameters)]
+        self._weights = [0, *accumulate(count.resident_bytes(options.precision) for count in sizes.blocks)]
         self._kv_elements = [0, *accumulate(sizes.kv_elements_per_token)]
-        self._head = sizes.head_num_parameters
-        # The outputs of all linears of the widest block in fp32: a linear has parameters / inputs of them, and no
-        # linear has fewer inputs than the hidden size.
-        widest = max(sizes.block_num_parameters) // sizes.hidden_size
-        self.buffer_bytes = options.max_step_tokens * widest * 4
+        self._head = sizes.head.resident_bytes(options.precision)
+        self.buffer_bytes = options.max_step_tokens * sizes.num_output_elements * 4
 
     def weight_bytes(self, span: Span) -> int:
         """Return the bytes of the span's weights, and of the head for the last stage."""
-        num_parameters = self._weights[span.end] - self._weights[span.start]
-        if span.end == len(self._weights) - 1:
-            num_parameters += self._head
-        return math.ceil(num_parameters * self.options.precision.bytes_per_parameter)
+        num_bytes = self._weights[span.end] - self._weights[span.start]
+        return num_bytes + self._head if span.end == len(self._weights) - 1 else num_bytes
 
     def page_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the bytes of one page over the blocks of the span."""
@@ -119,7 +113,7 @@ class _Ledger:
         computes in bf16 will use less than it is charged; on a GPU that of the weights."""
         if self.options.kv_dtype != "auto":
             return _DTYPE_BYTES[self.options.kv_dtype]
-        return 4 if worker.device == "cpu" else _DTYPE_BYTES[self.options.precision.value]
+        return 4 if worker.device == "cpu" else _DTYPE_BYTES.get(self.options.precision.value, 4)
 
 
 def _by_node(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:

@@ -6,7 +6,7 @@ on torch's meta device, are replaced by loaded ones. Which blocks a model has is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
+from cluster.model_spec import WeightCount
 from worker.attention import attend
 from worker.kv_cache import AttentionLayout, KVCache
 
@@ -141,6 +142,19 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval()
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return how many numbers the checkpoint holds for `module`."""
-    return sum(parameter.numel() for parameter in module.parameters())
+def count_weights(module: nn.Module, unquantized: Collection[str] = ()) -> WeightCount:
+    """Count what the checkpoint holds for `module`. Linear layers named in `unquantized` count as small."""
+    linears = {name: shape for name, child in module.named_modules() if (shape := linear_shape(child)) is not None}
+    stored = [shape for name, shape in linears.items() if name not in unquantized]
+    num_linear = sum(num_rows * num_columns for num_rows, num_columns in stored)
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    return WeightCount(num_linear, sum(num_rows for num_rows, _ in stored), num_small=num_parameters - num_linear)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Return `(out, in)` of a linear layer as transformers builds them; None for any other module."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return None

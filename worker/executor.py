@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.load_order import LoadOrder, LoadProgress
-from cluster.microbatch import StepHeader, StepResult
+from cluster.microbatch import StepHeader, StepResult, WeightTraffic
 from cluster.model_spec import ModelSizes
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class StageOutput:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)  # name → [num_tokens, hidden_size], on the CPU
     result: StepResult | None = None
+    traffic: WeightTraffic = field(default_factory=WeightTraffic)
 
 
 class Executor(Protocol):
@@ -49,6 +50,10 @@ class Executor(Protocol):
         """Forget every sequence: page tables and sampling states."""
         ...
 
+    def close(self) -> None:
+        """Stop what runs beside the compute thread and free what it holds."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedSpan:
@@ -60,6 +65,8 @@ class LoadedSpan:
     compute_dtype: str
     wire_dtype: str
     kv_dtype: str
+    streamed_bytes: int = 0  # read from disk at every step
+    disk_bytes_per_second: float = 0.0  # what a short probe of that disk gave
 
 
 class SpanLoader(Protocol):

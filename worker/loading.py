@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigurationError
 from cluster.load_order import LoadOrder, LoadProgress
-from cluster.model_spec import ModelSizes
+from cluster.model_spec import ModelSizes, WeightCount
 from worker.architectures import Architecture, open_architecture
 from worker.architectures.base import HEAD_KEY
-from worker.blocks import ExactActivation, count_parameters, materialize
+from worker.blocks import ExactActivation, count_weights, materialize
 from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_to_checkpoints
 from worker.executor import LoadedSpan
@@ -47,12 +47,24 @@ class TorchSpanLoader:
         architecture = open_architecture(config)
         table = architecture.vocab_size * architecture.hidden_size
         blocks = range(architecture.num_blocks)
+        built = architecture.build_block(0)  # the blocks of every family served have equal shapes
+        count = count_weights(built, architecture.unquantized)
+        experts = [child for name, child in built.named_modules() if name == architecture.experts_name]
+        expert_count = sum((count_weights(child) for child in experts), WeightCount())
+        num_experts = len(list(experts[0].children())) if experts else 0
+        num_chosen = architecture.num_chosen_experts
+        norm = count_weights(architecture.build_norm())
         return ModelSizes(
-            block_num_parameters=tuple(count_parameters(architecture.build_block(block)) for block in blocks),
-            embedding_num_parameters=table + count_parameters(architecture.build_embedding()),
-            head_num_parameters=table + count_parameters(architecture.build_norm()),
+            blocks=(count,) * len(blocks),
+            experts=(expert_count,) * len(blocks),
+            num_experts=num_experts,
+            embedding_num_parameters=table + count_weights(architecture.build_embedding()).num_parameters,
+            head=norm + WeightCount(num_linear=table, num_rows=architecture.vocab_size),
             kv_elements_per_token=(2 * architecture.num_kv_heads * architecture.head_dim,) * len(blocks),
             hidden_size=architecture.hidden_size,
+            num_output_elements=count.num_rows
+            - expert_count.num_rows
+            + expert_count.num_rows * num_chosen // max(1, num_experts),
         )
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
@@ -65,7 +77,7 @@ class TorchSpanLoader:
         needed = _needed_names(architecture, parts, is_first=is_first)
         with fetch_checkpoint(order, needed.__contains__, on_progress, connect=self._connect) as checkpoint:
             weights = SpanWeights(order, architecture, checkpoint, numerics, on_progress)
-            weights.expect(sum(count_parameters(part) for part in parts.values()))
+            weights.expect(sum(count_weights(part).num_parameters for part in parts.values()))
             loaded = {key: _load_part(part, key, weights) for key, part in parts.items()}
             entrance = Entrance(weights.embedding_table(), loaded[""]) if is_first else None
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)

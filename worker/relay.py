@@ -23,7 +23,7 @@ from cluster.errors import (
     StageTimeoutError,
     StalePlacementError,
 )
-from cluster.microbatch import Epoch, StageTiming, StepFailure, StepHeader, StepId, StepProgress
+from cluster.microbatch import Epoch, StageTiming, StepFailure, StepHeader, StepId, StepProgress, WeightTraffic
 from cluster.wire.status import as_spanwise_error
 from worker.compute_thread import ComputeThread
 from worker.downstream import Downstream, OutgoingStep
@@ -52,6 +52,7 @@ class ReceivedStep:
     received: float  # the whole payload
     started: float = 0.0
     finished: float = 0.0
+    traffic: WeightTraffic = field(default_factory=WeightTraffic)
 
     @property
     def expires(self) -> float:
@@ -61,7 +62,17 @@ class ReceivedStep:
     def timing(self, stage: int) -> StageTiming:
         """Return this stage's entry for the header."""
         received, started, finished = (int(moment * 1e9) for moment in (self.received, self.started, self.finished))
-        return StageTiming(stage, received, started, finished, self.num_bytes)
+        traffic = self.traffic
+        return StageTiming(
+            stage,
+            received,
+            started,
+            finished,
+            self.num_bytes,
+            traffic.read_bytes,
+            traffic.stall_ns,
+            traffic.resident_bytes,
+        )
 
 
 @dataclass(slots=True)
@@ -127,6 +138,7 @@ class Relay:
         """End everything but the compute thread, which the server owns."""
         self._next_look.cancel()
         await self.close_epoch()
+        self._compute.submit(self._executor.close)
 
     def check_epoch(self, epoch: Epoch) -> OpenEpoch:
         """Return the open epoch if it is this one. Raises StalePlacementError or NotReadyError otherwise."""
@@ -172,6 +184,7 @@ class Relay:
         error: Exception | None = None
         try:
             output = self._compute_step(opened, step)
+            step.traffic = output.traffic
         except Exception as raised:  # whatever it is, the coordinator must hear of it
             opened.is_broken = True
             error = raised

@@ -257,7 +257,15 @@ class StageServer(service_grpc.StageServiceServicer):
 
 
 def _report_of(loaded: LoadedSpan) -> LoadedReport:
-    return LoadedReport(loaded.weight_bytes, loaded.kv_bytes, loaded.compute_dtype, loaded.wire_dtype, loaded.kv_dtype)
+    return LoadedReport(
+        loaded.weight_bytes,
+        loaded.kv_bytes,
+        loaded.compute_dtype,
+        loaded.wire_dtype,
+        loaded.kv_dtype,
+        loaded.streamed_bytes,
+        loaded.disk_bytes_per_second,
+    )
 
 
 def _report_to_proto(report: StepResult | StepFailure | StepProgress) -> service.WatchResponse:

@@ -107,6 +107,9 @@ class Stage:
         if self._exit:
             self._exit.sampler.clear()
 
+    def close(self) -> None:
+        """See Executor."""
+
     def _check_positions(self, header: StepHeader) -> None:
         """Raise before a rotary angle or a learned row that is not there is looked up, which a GPU does not survive."""
         for sequence_id, start, length in zip(header.sequence_ids, header.start_positions, header.lengths, strict=True):

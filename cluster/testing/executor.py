@@ -13,8 +13,8 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from cluster.load_order import LoadOrder, LoadProgress
-from cluster.microbatch import StepHeader, StepResult
-from cluster.model_spec import ModelSizes
+from cluster.microbatch import StepHeader, StepResult, WeightTraffic
+from cluster.model_spec import ModelSizes, WeightCount
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,7 @@ class FakeOutput:
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     result: StepResult | None = None
+    traffic: WeightTraffic = field(default_factory=WeightTraffic)
 
 
 class FakeExecutor:
@@ -46,6 +47,7 @@ class FakeExecutor:
         self.num_blocks = num_blocks
         self.steps: list[int] = []
         self.num_epochs = 0
+        self.is_closed = False
         self._stage = stage
         self._hidden_size = hidden_size
         self._on_execute = on_execute
@@ -66,6 +68,10 @@ class FakeExecutor:
         self.steps.clear()
         self.num_epochs += 1
 
+    def close(self) -> None:
+        """Note it."""
+        self.is_closed = True
+
     def _embed(self, header: StepHeader) -> Tensor:
         import torch
 
@@ -83,6 +89,8 @@ class FakeLoadedSpan:
     compute_dtype: str = "fp32"
     wire_dtype: str = "fp32"
     kv_dtype: str = "fp32"
+    streamed_bytes: int = 0
+    disk_bytes_per_second: float = 0.0
 
 
 @dataclass
@@ -98,7 +106,16 @@ class FakeSpanLoader:
     def measure(self, config: Mapping[str, Any]) -> ModelSizes:
         """Count ten parameters per block."""
         num_blocks = int(config["n_layer"])
-        return ModelSizes((10,) * num_blocks, 20, 20, (2 * self.hidden_size,) * num_blocks, self.hidden_size)
+        return ModelSizes(
+            blocks=(WeightCount(num_linear=10),) * num_blocks,
+            experts=(WeightCount(),) * num_blocks,
+            num_experts=0,
+            embedding_num_parameters=20,
+            head=WeightCount(num_linear=20),
+            kv_elements_per_token=(2 * self.hidden_size,) * num_blocks,
+            hidden_size=self.hidden_size,
+            num_output_elements=self.hidden_size,
+        )
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> FakeLoadedSpan:
         """Say that half is loaded, then that all is."""

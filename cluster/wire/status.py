@@ -32,6 +32,7 @@ _STATUS_OF: dict[type[SpanwiseError], grpc.StatusCode] = {
     errors.RequestCancelledError: grpc.StatusCode.CANCELLED,
     errors.IncompatibleVersionError: grpc.StatusCode.UNIMPLEMENTED,
     errors.InvariantError: grpc.StatusCode.INTERNAL,
+    errors.StorageError: grpc.StatusCode.DATA_LOSS,
     # A worker's own setting or checkpoint, told to the coordinator while it loads a span:
     errors.ConfigurationError: grpc.StatusCode.FAILED_PRECONDITION,
 }
@@ -51,10 +52,10 @@ _ERROR_OF: dict[grpc.StatusCode, type[SpanwiseError]] = {
     grpc.StatusCode.CANCELLED: errors.RequestCancelledError,
     grpc.StatusCode.UNIMPLEMENTED: errors.IncompatibleVersionError,
     grpc.StatusCode.INTERNAL: errors.InvariantError,
+    grpc.StatusCode.DATA_LOSS: errors.StorageError,
     # Never sent by us, but by a foreign server, a proxy or gRPC itself:
     grpc.StatusCode.OK: errors.InvariantError,
     grpc.StatusCode.UNKNOWN: errors.InvariantError,
-    grpc.StatusCode.DATA_LOSS: errors.InvariantError,
 }
 
 

@@ -109,12 +109,22 @@ def timing_to_proto(timing: StageTiming) -> pb.StageTiming:
         started_ns=timing.started_ns,
         finished_ns=timing.finished_ns,
         received_bytes=timing.received_bytes,
+        read_bytes=timing.read_bytes,
+        stall_ns=timing.stall_ns,
+        resident_bytes=timing.resident_bytes,
     )
 
 
 def timing_from_proto(message: pb.StageTiming) -> StageTiming:
     return StageTiming(
-        message.stage, message.received_ns, message.started_ns, message.finished_ns, message.received_bytes
+        stage=message.stage,
+        received_ns=message.received_ns,
+        started_ns=message.started_ns,
+        finished_ns=message.finished_ns,
+        received_bytes=message.received_bytes,
+        read_bytes=message.read_bytes,
+        stall_ns=message.stall_ns,
+        resident_bytes=message.resident_bytes,
     )
 
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any
 
 from cluster.errors import InvalidRequestError
-from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
+from cluster.load_order import LoadedReport, LoadOrder, LoadPhase, LoadProgress, StoreOptions
 from cluster.microbatch import Epoch
-from cluster.model_spec import CheckpointFile, FolderSource, HubSource, ModelSizes, ModelSource, Precision
+from cluster.model_spec import (
+    CheckpointFile,
+    FolderSource,
+    HubSource,
+    ModelSizes,
+    ModelSource,
+    Precision,
+    WeightCount,
+)
 from cluster.placement import WorkerId, WorkerInfo
 from cluster.rpc.v1 import stage_pb2, stage_service_pb2
 from cluster.span import Span
@@ -51,22 +59,38 @@ def worker_info_from_proto(message: stage_service_pb2.HelloResponse) -> WorkerIn
 
 def model_sizes_to_proto(sizes: ModelSizes) -> stage_service_pb2.MeasureModelResponse:
     return stage_service_pb2.MeasureModelResponse(
-        block_num_parameters=sizes.block_num_parameters,
+        blocks=[_count_to_proto(count) for count in sizes.blocks],
+        experts=[_count_to_proto(count) for count in sizes.experts],
+        num_experts=sizes.num_experts,
         embedding_num_parameters=sizes.embedding_num_parameters,
-        head_num_parameters=sizes.head_num_parameters,
+        head=_count_to_proto(sizes.head),
         kv_elements_per_token=sizes.kv_elements_per_token,
         hidden_size=sizes.hidden_size,
+        num_output_elements=sizes.num_output_elements,
     )
 
 
 def model_sizes_from_proto(message: stage_service_pb2.MeasureModelResponse) -> ModelSizes:
     return ModelSizes(
-        block_num_parameters=tuple(message.block_num_parameters),
+        blocks=tuple(_count_from_proto(count) for count in message.blocks),
+        experts=tuple(_count_from_proto(count) for count in message.experts),
+        num_experts=message.num_experts,
         embedding_num_parameters=message.embedding_num_parameters,
-        head_num_parameters=message.head_num_parameters,
+        head=_count_from_proto(message.head),
         kv_elements_per_token=tuple(message.kv_elements_per_token),
         hidden_size=message.hidden_size,
+        num_output_elements=message.num_output_elements,
     )
+
+
+def _count_to_proto(count: WeightCount) -> stage_service_pb2.WeightCount:
+    return stage_service_pb2.WeightCount(
+        num_linear=count.num_linear, num_rows=count.num_rows, num_kept=count.num_kept, num_small=count.num_small
+    )
+
+
+def _count_from_proto(message: stage_service_pb2.WeightCount) -> WeightCount:
+    return WeightCount(message.num_linear, message.num_rows, message.num_kept, message.num_small)
 
 
 def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.LoadSpanRequest:
@@ -86,6 +110,14 @@ def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.Loa
         page_size=order.page_size,
         max_context=order.max_context,
         is_exact=order.is_exact,
+        store=_store_to_proto(order.store),
+        holders=order.holders,
+        compute_dtype=order.compute_dtype,
+        outlier_threshold=order.outlier_threshold,
+        num_streamed=order.num_streamed,
+        ring_bytes=order.ring_bytes,
+        memory_bytes=order.memory_bytes,
+        expert_cache_bytes=order.expert_cache_bytes,
     )
     source = order.source
     if isinstance(source, HubSource):
@@ -124,6 +156,34 @@ def load_order_from_proto(message: stage_service_pb2.LoadSpanRequest) -> LoadOrd
         max_context=message.max_context,
         is_exact=message.is_exact,
         token=message.hub.token,
+        store=_store_from_proto(message.store),
+        holders=tuple(message.holders),
+        compute_dtype=message.compute_dtype,
+        outlier_threshold=message.outlier_threshold,
+        num_streamed=message.num_streamed,
+        ring_bytes=message.ring_bytes,
+        memory_bytes=message.memory_bytes,
+        expert_cache_bytes=message.expert_cache_bytes,
+    )
+
+
+def _store_to_proto(store: StoreOptions) -> stage_service_pb2.StoreOptions:
+    return stage_service_pb2.StoreOptions(
+        store_folder=store.store_folder,
+        download_folder=store.download_folder,
+        is_source_discarded=store.is_source_discarded,
+        quota_bytes=store.quota_bytes,
+        reserve_bytes=store.reserve_bytes,
+    )
+
+
+def _store_from_proto(message: stage_service_pb2.StoreOptions) -> StoreOptions:
+    return StoreOptions(
+        store_folder=message.store_folder,
+        download_folder=message.download_folder,
+        is_source_discarded=message.is_source_discarded,
+        quota_bytes=message.quota_bytes,
+        reserve_bytes=message.reserve_bytes,
     )
 
 
@@ -141,10 +201,13 @@ def _source_from_proto(message: stage_service_pb2.LoadSpanRequest) -> ModelSourc
     return FolderSource(message.folder.path, message.folder.digest)
 
 
-_PHASES: dict[Literal["downloading", "loading"], stage_service_pb2.LoadSpanResponse.Phase] = {
+_PHASES: dict[LoadPhase, stage_service_pb2.LoadSpanResponse.Phase] = {
     "downloading": stage_service_pb2.LoadSpanResponse.PHASE_DOWNLOADING,
+    "converting": stage_service_pb2.LoadSpanResponse.PHASE_CONVERTING,
+    "verifying": stage_service_pb2.LoadSpanResponse.PHASE_VERIFYING,
     "loading": stage_service_pb2.LoadSpanResponse.PHASE_LOADING,
 }
+_PHASE_NAMES = {phase: name for name, phase in _PHASES.items()}
 
 
 def load_progress_to_proto(progress: LoadProgress) -> stage_service_pb2.LoadSpanResponse:
@@ -154,8 +217,7 @@ def load_progress_to_proto(progress: LoadProgress) -> stage_service_pb2.LoadSpan
 
 
 def load_progress_from_proto(message: stage_service_pb2.LoadSpanResponse) -> LoadProgress:
-    is_download = message.phase == stage_service_pb2.LoadSpanResponse.PHASE_DOWNLOADING
-    return LoadProgress("downloading" if is_download else "loading", message.bytes_done, message.bytes_total)
+    return LoadProgress(_PHASE_NAMES.get(message.phase, "loading"), message.bytes_done, message.bytes_total)
 
 
 def loaded_report_to_proto(report: LoadedReport) -> stage_service_pb2.LoadSpanResponse:
@@ -167,6 +229,8 @@ def loaded_report_to_proto(report: LoadedReport) -> stage_service_pb2.LoadSpanRe
         compute_dtype=report.compute_dtype,
         wire_dtype=report.wire_dtype,
         kv_dtype=report.kv_dtype,
+        streamed_bytes=report.streamed_bytes,
+        disk_bytes_per_second=report.disk_bytes_per_second,
     )
 
 
@@ -177,4 +241,6 @@ def loaded_report_from_proto(message: stage_service_pb2.LoadSpanResponse) -> Loa
         compute_dtype=message.compute_dtype,
         wire_dtype=message.wire_dtype,
         kv_dtype=message.kv_dtype,
+        streamed_bytes=message.streamed_bytes,
+        disk_bytes_per_second=message.disk_bytes_per_second,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import ConfigurationError
 from cluster.microbatch import Epoch
-from cluster.model_spec import ModelSizes, Precision
+from cluster.model_spec import ModelSizes, Precision, WeightCount
 from cluster.placement import Placement, WorkerId, WorkerInfo
 from cluster.span import Span, is_tiling
 from coordinator.placement import PlacementOptions, place
@@ -45,7 +46,20 @@ def worker(name: str, free_memory_bytes: int, *, node: str = "", device: str = "
 
 def model(num_blocks: int, *, block: int = 2**24, head: int = 0, kv: int = 512) -> ModelSizes:
     """Blocks of 64 MiB in fp32; a page of one block takes 128 KiB."""
-    return ModelSizes((block,) * num_blocks, 2**30, head, (kv,) * num_blocks, hidden_size=1024)
+    return sizes_of([block] * num_blocks, head, kv)
+
+
+def sizes_of(blocks: Sequence[int], head: int, kv: int) -> ModelSizes:
+    return ModelSizes(
+        blocks=tuple(WeightCount(num_linear=block) for block in blocks),
+        experts=(WeightCount(),) * len(blocks),
+        num_experts=0,
+        embedding_num_parameters=2**30,
+        head=WeightCount(num_linear=head),
+        kv_elements_per_token=(kv,) * len(blocks),
+        hidden_size=1024,
+        num_output_elements=max(blocks) // 1024,
+    )
 
 
 def lengths(placement: Placement) -> list[int]:
@@ -142,7 +156,7 @@ def test_spans_tile_the_model_and_fit_or_the_placement_is_refused(
     memory: list[int], blocks: list[int], head: int
 ) -> None:
     workers = [worker(str(index), free) for index, free in enumerate(memory)]
-    sizes = ModelSizes(tuple(blocks), 0, head, (512,) * len(blocks), hidden_size=1024)
+    sizes = sizes_of(blocks, head, 512)
     try:
         placement = place(workers, sizes, OPTIONS)
     except ConfigurationError:

@@ -45,9 +45,9 @@ def test_measured_sizes_add_up_to_the_model(tmp_path: Path, architecture: str) -
     model = AutoModelForCausalLM.from_pretrained(folder)
     sizes = measure(json.loads((folder / "config.json").read_text()))
     tied = VOCAB_SIZE * sizes.hidden_size if model.config.tie_word_embeddings else 0
-    total = sum(sizes.block_num_parameters) + sizes.embedding_num_parameters + sizes.head_num_parameters
+    total = sum(count.num_parameters for count in (*sizes.blocks, sizes.head)) + sizes.embedding_num_parameters
     assert total - tied == model.num_parameters()
-    assert len(sizes.block_num_parameters) == len(sizes.kv_elements_per_token) == 3
+    assert len(sizes.blocks) == len(sizes.kv_elements_per_token) == 3
 
 
 def test_measured_cache_size_counts_grouped_heads() -> None:
@@ -58,7 +58,7 @@ def test_measured_cache_size_counts_grouped_heads() -> None:
 def test_bloom_176b_is_measured_without_memory() -> None:
     config = {"model_type": "bloom", "n_layer": 70, "num_attention_heads": 112, "n_embed": 14336, "vocab_size": 250880}
     sizes = measure(config)
-    total = sum(sizes.block_num_parameters) + sizes.embedding_num_parameters + sizes.head_num_parameters
+    total = sum(count.num_parameters for count in (*sizes.blocks, sizes.head)) + sizes.embedding_num_parameters
     assert total - 250880 * 14336 == 176_247_271_424  # as published
     assert sizes.kv_elements_per_token[0] == 2 * 14336
 
@@ -69,7 +69,7 @@ def test_weights_take_the_bytes_of_their_precision(
 ) -> None:
     monkeypatch.setattr("worker.loading.has_native_bf16", lambda: False)
     loaded = load_span(make_order(folder, 1, 3, precision=precision, max_context=64))
-    num_parameters = measure(json.loads((folder / "config.json").read_text())).block_num_parameters[1]
+    num_parameters = measure(json.loads((folder / "config.json").read_text())).blocks[1].num_parameters
     rotary_bytes = 2 * 64 * 8 * 4
     assert 0 <= loaded.weight_bytes - rotary_bytes - num_parameters * item_bytes < 4 * 32 * 32  # norms, biases in fp32
     assert loaded.compute_dtype == "fp32"

@@ -70,7 +70,7 @@ async def test_a_model_is_measured_from_its_config():
     async with serving(1) as stages:
         request = service.MeasureModelRequest(config_json=json.dumps({"n_layer": 3}))
         sizes = model_sizes_from_proto(await stages.callers[0].stub.MeasureModel(request))
-    assert sizes.block_num_parameters == (10, 10, 10)
+    assert [count.num_parameters for count in sizes.blocks] == [10, 10, 10]
     assert sizes.hidden_size == 8
 
 

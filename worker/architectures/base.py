@@ -39,6 +39,14 @@ class Architecture:
     rotary_class: ClassVar[Any] = None
     activation: ClassVar[str] = "mlp.act_fn"  # the block's elementwise function
 
+    shared_inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    """Linear layers of one module that multiply the same input, in order of use."""
+    use_last: ClassVar[tuple[str, ...]] = ()
+    """Linear layers that a block uses after those that its definition names later."""
+    unquantized: ClassVar[tuple[str, ...]] = ()  # linear layers that stay in the compute dtype, within a block
+    experts_name: ClassVar[str] = ""  # of the list of experts within a block
+    num_chosen_experts: int = 0  # per token
+
     prefix: ClassVar[str] = "model."  # the base model's name in the checkpoint, which may be absent there
     blocks_key: ClassVar[str] = "layers."
     embedding_key: ClassVar[str] = "embed_tokens.weight"

@@ -71,6 +71,14 @@ class Mixtral(Architecture):
     block_class = MixtralDecoderLayer
     norm_class = MixtralRMSNorm
     rotary_class = MixtralRotaryEmbedding
+    shared_inputs = (*Architecture.shared_inputs, ("w1", "w3"))
+    use_last = ("w2",)
+    unquantized = ("mlp.gate",)  # the router
+    experts_name = "mlp.experts"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.num_chosen_experts = config.num_experts_per_tok
 
     def adapt_block(self, block: Any) -> None:
         block.mlp = SparseExperts(self.config)

@@ -14,6 +14,7 @@ class Phi3(Architecture):
     block_class = Phi3DecoderLayer
     norm_class = Phi3RMSNorm
     rotary_class = Phi3RotaryEmbedding
+    use_last = ("o_proj",)
 
 
 ARCHITECTURE = Phi3

@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.v1 import generation_pb2 as cluster_dot_rpc_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/rpc/v1/stage.proto\x12\x0e\x63luster.rpc.v1\x1a\x1f\x63luster/rpc/v1/generation.proto\"+\n\x05\x45poch\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\"[\n\tPageDelta\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nfirst_page\x18\x02 \x01(\r\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x63\x61\x63he_group\x18\x04 \x01(\r\"\xa0\x01\n\x10SequenceSampling\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\rprompt_length\x18\x02 \x01(\r\x12.\n\x06params\x18\x03 \x01(\x0b\x32\x1e.cluster.rpc.v1.SamplingParams\x12\x30\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1e.cluster.rpc.v1.LogprobOptions\"r\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x13\n\x0breceived_ns\x18\x02 \x01(\x04\x12\x12\n\nstarted_ns\x18\x03 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x04 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\"\xa1\x03\n\nStepHeader\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12\x14\n\x0csequence_ids\x18\x04 \x03(\x04\x12\x17\n\x0fstart_positions\x18\x05 \x03(\r\x12\x0f\n\x07lengths\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x13\n\x0blogits_rows\x18\x08 \x03(\r\x12\x12\n\nis_sampled\x18\t \x03(\x08\x12.\n\x0bpage_deltas\x18\n \x03(\x0b\x32\x19.cluster.rpc.v1.PageDelta\x12:\n\x10sampling_changes\x18\x0b \x03(\x0b\x32 .cluster.rpc.v1.SequenceSampling\x12\x1d\n\x15\x66inished_sequence_ids\x18\x0c \x03(\x04\x12\x12\n\nlast_stage\x18\r \x01(\r\x12,\n\x07timings\x18\x0e \x03(\x0b\x32\x1b.cluster.rpc.v1.StageTiming\"l\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12-\n\x06tokens\x18\x03 \x03(\x0b\x32\x1d.cluster.rpc.v1.TokenLogprobs\"\x84\x02\n\nStepResult\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12/\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1d.cluster.rpc.v1.TokenLogprobs\x12\x37\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1e.cluster.rpc.v1.PromptLogprobs\x12,\n\x07timings\x18\x07 \x03(\x0b\x32\x1b.cluster.rpc.v1.StageTiming\"\x8b\x01\n\x0bStepFailure\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\ris_stage_lost\x18\x06 \x01(\x08\"\x81\x01\n\x0cStepProgress\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x17\n\x0fnum_blocks_done\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"A\n\x0bTensorPiece\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"M\n\tHubSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05token\x18\x04 \x01(\t\"H\n\x0c\x46olderSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1a\n\x12\x63heckpoint_service\x18\x03 \x01(\t\"2\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63luster/rpc/v1/stage.proto\x12\x0e\x63luster.rpc.v1\x1a\x1f\x63luster/rpc/v1/generation.proto\"+\n\x05\x45poch\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\"[\n\tPageDelta\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nfirst_page\x18\x02 \x01(\r\x12\x10\n\x08page_ids\x18\x03 \x03(\r\x12\x13\n\x0b\x63\x61\x63he_group\x18\x04 \x01(\r\"\xa0\x01\n\x10SequenceSampling\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x15\n\rprompt_length\x18\x02 \x01(\r\x12.\n\x06params\x18\x03 \x01(\x0b\x32\x1e.cluster.rpc.v1.SamplingParams\x12\x30\n\x08logprobs\x18\x04 \x01(\x0b\x32\x1e.cluster.rpc.v1.LogprobOptions\"\xb0\x01\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x13\n\x0breceived_ns\x18\x02 \x01(\x04\x12\x12\n\nstarted_ns\x18\x03 \x01(\x04\x12\x13\n\x0b\x66inished_ns\x18\x04 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x05 \x01(\x04\x12\x12\n\nread_bytes\x18\x06 \x01(\x04\x12\x10\n\x08stall_ns\x18\x07 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x08 \x01(\x04\"\xa1\x03\n\nStepHeader\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x03 \x01(\r\x12\x14\n\x0csequence_ids\x18\x04 \x03(\x04\x12\x17\n\x0fstart_positions\x18\x05 \x03(\r\x12\x0f\n\x07lengths\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x13\n\x0blogits_rows\x18\x08 \x03(\r\x12\x12\n\nis_sampled\x18\t \x03(\x08\x12.\n\x0bpage_deltas\x18\n \x03(\x0b\x32\x19.cluster.rpc.v1.PageDelta\x12:\n\x10sampling_changes\x18\x0b \x03(\x0b\x32 .cluster.rpc.v1.SequenceSampling\x12\x1d\n\x15\x66inished_sequence_ids\x18\x0c \x03(\x04\x12\x12\n\nlast_stage\x18\r \x01(\r\x12,\n\x07timings\x18\x0e \x03(\x0b\x32\x1b.cluster.rpc.v1.StageTiming\"l\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12-\n\x06tokens\x18\x03 \x03(\x0b\x32\x1d.cluster.rpc.v1.TokenLogprobs\"\x84\x02\n\nStepResult\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x03 \x03(\x04\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12/\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1d.cluster.rpc.v1.TokenLogprobs\x12\x37\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1e.cluster.rpc.v1.PromptLogprobs\x12,\n\x07timings\x18\x07 \x03(\x0b\x32\x1b.cluster.rpc.v1.StageTiming\"\x8b\x01\n\x0bStepFailure\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x15\n\ris_stage_lost\x18\x06 \x01(\x08\"\x81\x01\n\x0cStepProgress\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\r\n\x05stage\x18\x03 \x01(\r\x12\x17\n\x0fnum_blocks_done\x18\x04 \x01(\r\x12\x12\n\nnum_blocks\x18\x05 \x01(\r\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\r\"A\n\x0bTensorPiece\x12\x14\n\x0ctensor_index\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"M\n\tHubSource\x12\x0f\n\x07repo_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05token\x18\x04 \x01(\t\"H\n\x0c\x46olderSource\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1a\n\x12\x63heckpoint_service\x18\x03 \x01(\t\"2\n\x0e\x43heckpointFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -28,26 +28,26 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_PAGEDELTA']._serialized_end=215
   _globals['_SEQUENCESAMPLING']._serialized_start=218
   _globals['_SEQUENCESAMPLING']._serialized_end=378
-  _globals['_STAGETIMING']._serialized_start=380
-  _globals['_STAGETIMING']._serialized_end=494
-  _globals['_STEPHEADER']._serialized_start=497
-  _globals['_STEPHEADER']._serialized_end=914
-  _globals['_PROMPTLOGPROBS']._serialized_start=916
-  _globals['_PROMPTLOGPROBS']._serialized_end=1024
-  _globals['_STEPRESULT']._serialized_start=1027
-  _globals['_STEPRESULT']._serialized_end=1287
-  _globals['_STEPFAILURE']._serialized_start=1290
-  _globals['_STEPFAILURE']._serialized_end=1429
-  _globals['_STEPPROGRESS']._serialized_start=1432
-  _globals['_STEPPROGRESS']._serialized_end=1561
-  _globals['_TENSORSPEC']._serialized_start=1563
-  _globals['_TENSORSPEC']._serialized_end=1619
-  _globals['_TENSORPIECE']._serialized_start=1621
-  _globals['_TENSORPIECE']._serialized_end=1686
-  _globals['_HUBSOURCE']._serialized_start=1688
-  _globals['_HUBSOURCE']._serialized_end=1765
-  _globals['_FOLDERSOURCE']._serialized_start=1767
-  _globals['_FOLDERSOURCE']._serialized_end=1839
-  _globals['_CHECKPOINTFILE']._serialized_start=1841
-  _globals['_CHECKPOINTFILE']._serialized_end=1891
+  _globals['_STAGETIMING']._serialized_start=381
+  _globals['_STAGETIMING']._serialized_end=557
+  _globals['_STEPHEADER']._serialized_start=560
+  _globals['_STEPHEADER']._serialized_end=977
+  _globals['_PROMPTLOGPROBS']._serialized_start=979
+  _globals['_PROMPTLOGPROBS']._serialized_end=1087
+  _globals['_STEPRESULT']._serialized_start=1090
+  _globals['_STEPRESULT']._serialized_end=1350
+  _globals['_STEPFAILURE']._serialized_start=1353
+  _globals['_STEPFAILURE']._serialized_end=1492
+  _globals['_STEPPROGRESS']._serialized_start=1495
+  _globals['_STEPPROGRESS']._serialized_end=1624
+  _globals['_TENSORSPEC']._serialized_start=1626
+  _globals['_TENSORSPEC']._serialized_end=1682
+  _globals['_TENSORPIECE']._serialized_start=1684
+  _globals['_TENSORPIECE']._serialized_end=1749
+  _globals['_HUBSOURCE']._serialized_start=1751
+  _globals['_HUBSOURCE']._serialized_end=1828
+  _globals['_FOLDERSOURCE']._serialized_start=1830
+  _globals['_FOLDERSOURCE']._serialized_end=1902
+  _globals['_CHECKPOINTFILE']._serialized_start=1904
+  _globals['_CHECKPOINTFILE']._serialized_end=1954
 # @@protoc_insertion_point(module_scope)

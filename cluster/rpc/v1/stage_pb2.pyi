@@ -39,18 +39,24 @@ class SequenceSampling(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., prompt_length: _Optional[int] = ..., params: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., logprobs: _Optional[_Union[_generation_pb2.LogprobOptions, _Mapping]] = ...) -> None: ...
 
 class StageTiming(_message.Message):
-    __slots__ = ("stage", "received_ns", "started_ns", "finished_ns", "received_bytes")
+    __slots__ = ("stage", "received_ns", "started_ns", "finished_ns", "received_bytes", "read_bytes", "stall_ns", "resident_bytes")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_NS_FIELD_NUMBER: _ClassVar[int]
     STARTED_NS_FIELD_NUMBER: _ClassVar[int]
     FINISHED_NS_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STALL_NS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     stage: int
     received_ns: int
     started_ns: int
     finished_ns: int
     received_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., received_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    read_bytes: int
+    stall_ns: int
+    resident_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., received_ns: _Optional[int] = ..., started_ns: _Optional[int] = ..., finished_ns: _Optional[int] = ..., received_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., stall_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ...) -> None: ...
 
 class StepHeader(_message.Message):
     __slots__ = ("epoch", "step_id", "deadline_ms", "sequence_ids", "start_positions", "lengths", "token_ids", "logits_rows", "is_sampled", "page_deltas", "sampling_changes", "finished_sequence_ids", "last_stage", "timings")

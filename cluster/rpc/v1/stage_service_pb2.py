@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from cluster.rpc.v1 import stage_pb2 as cluster_dot_rpc_dot_v1_dot_stage__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cluster/rpc/v1/stage_service.proto\x12\x0e\x63luster.rpc.v1\x1a\x1a\x63luster/rpc/v1/stage.proto\"9\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xe2\x02\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x13\n\x0bnum_threads\x18\x07 \x01(\r\x12\x19\n\x11\x66ree_memory_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12total_memory_bytes\x18\t \x01(\x04\x12\x0b\n\x03isa\x18\n \x01(\t\x12\x12\n\nprocess_id\x18\x0b \x01(\r\x12=\n\x08versions\x18\x0c \x03(\x0b\x32+.cluster.rpc.v1.HelloResponse.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"*\n\x13MeasureModelRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\"\xa7\x01\n\x14MeasureModelResponse\x12\x1c\n\x14\x62lock_num_parameters\x18\x01 \x03(\x04\x12 \n\x18\x65mbedding_num_parameters\x18\x02 \x01(\x04\x12\x1b\n\x13head_num_parameters\x18\x03 \x01(\x04\x12\x1d\n\x15kv_elements_per_token\x18\x04 \x03(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\"\xad\x04\n\x0fLoadSpanRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12(\n\x03hub\x18\x07 \x01(\x0b\x32\x19.cluster.rpc.v1.HubSourceH\x00\x12.\n\x06\x66older\x18\x08 \x01(\x0b\x32\x1c.cluster.rpc.v1.FolderSourceH\x00\x12\x34\n\x0cweight_files\x18\t \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\x12\x42\n\nweight_map\x18\n \x03(\x0b\x32..cluster.rpc.v1.LoadSpanRequest.WeightMapEntry\x12\x11\n\tprecision\x18\x0b \x01(\t\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x12\n\nwire_dtype\x18\r \x01(\t\x12\x11\n\tnum_pages\x18\x0e \x01(\r\x12\x11\n\tpage_size\x18\x0f \x01(\r\x12\x13\n\x0bmax_context\x18\x10 \x01(\r\x12\x10\n\x08is_exact\x18\x11 \x01(\x08\x1a\x30\n\x0eWeightMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\"\xb4\x02\n\x10LoadSpanResponse\x12\x35\n\x05phase\x18\x01 \x01(\x0e\x32&.cluster.rpc.v1.LoadSpanResponse.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x11\n\tis_loaded\x18\x04 \x01(\x08\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x15\n\rcompute_dtype\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\"H\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\"f\n\x10OpenEpochRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x14\n\x0cnext_address\x18\x02 \x01(\t\x12\x16\n\x0enext_node_name\x18\x03 \x01(\t\"\x13\n\x11OpenEpochResponse\"\x95\x01\n\x0e\x46orwardRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepHeader\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.cluster.rpc.v1.TensorSpec\x12*\n\x05piece\x18\x03 \x01(\x0b\x32\x1b.cluster.rpc.v1.TensorPiece\"H\n\x0f\x46orwardResponse\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"4\n\x0cWatchRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\"\xa8\x01\n\rWatchResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepResultH\x00\x12.\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1b.cluster.rpc.v1.StepFailureH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.cluster.rpc.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"@\n\x10ReadRangeRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"!\n\x11ReadRangeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xea\x03\n\x0cStageService\x12\x44\n\x05Hello\x12\x1c.cluster.rpc.v1.HelloRequest\x1a\x1d.cluster.rpc.v1.HelloResponse\x12Y\n\x0cMeasureModel\x12#.cluster.rpc.v1.MeasureModelRequest\x1a$.cluster.rpc.v1.MeasureModelResponse\x12O\n\x08LoadSpan\x12\x1f.cluster.rpc.v1.LoadSpanRequest\x1a .cluster.rpc.v1.LoadSpanResponse0\x01\x12P\n\tOpenEpoch\x12 .cluster.rpc.v1.OpenEpochRequest\x1a!.cluster.rpc.v1.OpenEpochResponse\x12N\n\x07\x46orward\x12\x1e.cluster.rpc.v1.ForwardRequest\x1a\x1f.cluster.rpc.v1.ForwardResponse(\x01\x30\x01\x12\x46\n\x05Watch\x12\x1c.cluster.rpc.v1.WatchRequest\x1a\x1d.cluster.rpc.v1.WatchResponse0\x01\x32g\n\x11\x43heckpointService\x12R\n\tReadRange\x12 .cluster.rpc.v1.ReadRangeRequest\x1a!.cluster.rpc.v1.ReadRangeResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"cluster/rpc/v1/stage_service.proto\x12\x0e\x63luster.rpc.v1\x1a\x1a\x63luster/rpc/v1/stage.proto\"9\n\x0cHelloRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\t\"\xe2\x02\n\rHelloResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x13\n\x0b\x64\x65vice_name\x18\x06 \x01(\t\x12\x13\n\x0bnum_threads\x18\x07 \x01(\r\x12\x19\n\x11\x66ree_memory_bytes\x18\x08 \x01(\x04\x12\x1a\n\x12total_memory_bytes\x18\t \x01(\x04\x12\x0b\n\x03isa\x18\n \x01(\t\x12\x12\n\nprocess_id\x18\x0b \x01(\r\x12=\n\x08versions\x18\x0c \x03(\x0b\x32+.cluster.rpc.v1.HelloResponse.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"*\n\x13MeasureModelRequest\x12\x13\n\x0b\x63onfig_json\x18\x01 \x01(\t\"X\n\x0bWeightCount\x12\x12\n\nnum_linear\x18\x01 \x01(\x04\x12\x10\n\x08num_rows\x18\x02 \x01(\x04\x12\x10\n\x08num_kept\x18\x03 \x01(\x04\x12\x11\n\tnum_small\x18\x04 \x01(\x04\"\xa4\x02\n\x14MeasureModelResponse\x12+\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1b.cluster.rpc.v1.WeightCount\x12,\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1b.cluster.rpc.v1.WeightCount\x12\x13\n\x0bnum_experts\x18\x03 \x01(\r\x12 \n\x18\x65mbedding_num_parameters\x18\x04 \x01(\x04\x12)\n\x04head\x18\x05 \x01(\x0b\x32\x1b.cluster.rpc.v1.WeightCount\x12\x1d\n\x15kv_elements_per_token\x18\x06 \x03(\r\x12\x13\n\x0bhidden_size\x18\x07 \x01(\r\x12\x1b\n\x13num_output_elements\x18\x08 \x01(\x04\"\xf9\x05\n\x0fLoadSpanRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x12\n\nnum_stages\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\x13\n\x0b\x63onfig_json\x18\x06 \x01(\t\x12(\n\x03hub\x18\x07 \x01(\x0b\x32\x19.cluster.rpc.v1.HubSourceH\x00\x12.\n\x06\x66older\x18\x08 \x01(\x0b\x32\x1c.cluster.rpc.v1.FolderSourceH\x00\x12\x34\n\x0cweight_files\x18\t \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\x12\x42\n\nweight_map\x18\n \x03(\x0b\x32..cluster.rpc.v1.LoadSpanRequest.WeightMapEntry\x12\x11\n\tprecision\x18\x0b \x01(\t\x12\x10\n\x08kv_dtype\x18\x0c \x01(\t\x12\x12\n\nwire_dtype\x18\r \x01(\t\x12\x11\n\tnum_pages\x18\x0e \x01(\r\x12\x11\n\tpage_size\x18\x0f \x01(\r\x12\x13\n\x0bmax_context\x18\x10 \x01(\r\x12\x10\n\x08is_exact\x18\x11 \x01(\x08\x12+\n\x05store\x18\x12 \x01(\x0b\x32\x1c.cluster.rpc.v1.StoreOptions\x12\x0f\n\x07holders\x18\x13 \x03(\t\x12\x15\n\rcompute_dtype\x18\x14 \x01(\t\x12\x19\n\x11outlier_threshold\x18\x15 \x01(\x01\x12\x14\n\x0cnum_streamed\x18\x16 \x01(\r\x12\x12\n\nring_bytes\x18\x17 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x18 \x01(\x04\x12\x1a\n\x12\x65xpert_cache_bytes\x18\x19 \x01(\x04\x1a\x30\n\x0eWeightMapEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x08\n\x06source\"\x86\x01\n\x0cStoreOptions\x12\x14\n\x0cstore_folder\x18\x01 \x01(\t\x12\x17\n\x0f\x64ownload_folder\x18\x02 \x01(\t\x12\x1b\n\x13is_source_discarded\x18\x03 \x01(\x08\x12\x13\n\x0bquota_bytes\x18\x04 \x01(\x04\x12\x15\n\rreserve_bytes\x18\x05 \x01(\x04\"\x96\x03\n\x10LoadSpanResponse\x12\x35\n\x05phase\x18\x01 \x01(\x0e\x32&.cluster.rpc.v1.LoadSpanResponse.Phase\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\x12\x11\n\tis_loaded\x18\x04 \x01(\x08\x12\x14\n\x0cweight_bytes\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x15\n\rcompute_dtype\x18\x07 \x01(\t\x12\x12\n\nwire_dtype\x18\x08 \x01(\t\x12\x10\n\x08kv_dtype\x18\t \x01(\t\x12\x16\n\x0estreamed_bytes\x18\n \x01(\x04\x12\x1d\n\x15\x64isk_bytes_per_second\x18\x0b \x01(\x01\"s\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11PHASE_DOWNLOADING\x10\x01\x12\x11\n\rPHASE_LOADING\x10\x02\x12\x14\n\x10PHASE_CONVERTING\x10\x03\x12\x13\n\x0fPHASE_VERIFYING\x10\x04\"f\n\x10OpenEpochRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x14\n\x0cnext_address\x18\x02 \x01(\t\x12\x16\n\x0enext_node_name\x18\x03 \x01(\t\"\x13\n\x11OpenEpochResponse\"\x95\x01\n\x0e\x46orwardRequest\x12*\n\x06header\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepHeader\x12+\n\x07tensors\x18\x02 \x03(\x0b\x32\x1a.cluster.rpc.v1.TensorSpec\x12*\n\x05piece\x18\x03 \x01(\x0b\x32\x1b.cluster.rpc.v1.TensorPiece\"H\n\x0f\x46orwardResponse\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"4\n\x0cWatchRequest\x12$\n\x05\x65poch\x18\x01 \x01(\x0b\x32\x15.cluster.rpc.v1.Epoch\"\xa8\x01\n\rWatchResponse\x12,\n\x06result\x18\x01 \x01(\x0b\x32\x1a.cluster.rpc.v1.StepResultH\x00\x12.\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x1b.cluster.rpc.v1.StepFailureH\x00\x12\x30\n\x08progress\x18\x03 \x01(\x0b\x32\x1c.cluster.rpc.v1.StepProgressH\x00\x42\x07\n\x05\x65vent\"@\n\x10ReadRangeRequest\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"!\n\x11ReadRangeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"E\n\x0fListHeldRequest\x12\x11\n\tstore_key\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\"\x81\x01\n\x10ListHeldResponse\x12\x33\n\x0bstore_files\x18\x01 \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\x12\x38\n\x10\x64ownloaded_files\x18\x02 \x03(\x0b\x32\x1e.cluster.rpc.v1.CheckpointFile\"s\n\x0fReadHeldRequest\x12\x11\n\tstore_key\x18\x01 \x01(\t\x12\x0f\n\x07repo_id\x18\x02 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x03 \x01(\t\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x0e\n\x06length\x18\x06 \x01(\x04\" \n\x10ReadHeldResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xea\x03\n\x0cStageService\x12\x44\n\x05Hello\x12\x1c.cluster.rpc.v1.HelloRequest\x1a\x1d.cluster.rpc.v1.HelloResponse\x12Y\n\x0cMeasureModel\x12#.cluster.rpc.v1.MeasureModelRequest\x1a$.cluster.rpc.v1.MeasureModelResponse\x12O\n\x08LoadSpan\x12\x1f.cluster.rpc.v1.LoadSpanRequest\x1a .cluster.rpc.v1.LoadSpanResponse0\x01\x12P\n\tOpenEpoch\x12 .cluster.rpc.v1.OpenEpochRequest\x1a!.cluster.rpc.v1.OpenEpochResponse\x12N\n\x07\x46orward\x12\x1e.cluster.rpc.v1.ForwardRequest\x1a\x1f.cluster.rpc.v1.ForwardResponse(\x01\x30\x01\x12\x46\n\x05Watch\x12\x1c.cluster.rpc.v1.WatchRequest\x1a\x1d.cluster.rpc.v1.WatchResponse0\x01\x32\xae\x01\n\x0cStoreService\x12M\n\x08ListHeld\x12\x1f.cluster.rpc.v1.ListHeldRequest\x1a .cluster.rpc.v1.ListHeldResponse\x12O\n\x08ReadHeld\x12\x1f.cluster.rpc.v1.ReadHeldRequest\x1a .cluster.rpc.v1.ReadHeldResponse0\x01\x32g\n\x11\x43heckpointService\x12R\n\tReadRange\x12 .cluster.rpc.v1.ReadRangeRequest\x1a!.cluster.rpc.v1.ReadRangeResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,34 +34,48 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_HELLORESPONSE_VERSIONSENTRY']._serialized_end=496
   _globals['_MEASUREMODELREQUEST']._serialized_start=498
   _globals['_MEASUREMODELREQUEST']._serialized_end=540
-  _globals['_MEASUREMODELRESPONSE']._serialized_start=543
-  _globals['_MEASUREMODELRESPONSE']._serialized_end=710
-  _globals['_LOADSPANREQUEST']._serialized_start=713
-  _globals['_LOADSPANREQUEST']._serialized_end=1270
-  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_start=1212
-  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_end=1260
-  _globals['_LOADSPANRESPONSE']._serialized_start=1273
-  _globals['_LOADSPANRESPONSE']._serialized_end=1581
-  _globals['_LOADSPANRESPONSE_PHASE']._serialized_start=1509
-  _globals['_LOADSPANRESPONSE_PHASE']._serialized_end=1581
-  _globals['_OPENEPOCHREQUEST']._serialized_start=1583
-  _globals['_OPENEPOCHREQUEST']._serialized_end=1685
-  _globals['_OPENEPOCHRESPONSE']._serialized_start=1687
-  _globals['_OPENEPOCHRESPONSE']._serialized_end=1706
-  _globals['_FORWARDREQUEST']._serialized_start=1709
-  _globals['_FORWARDREQUEST']._serialized_end=1858
-  _globals['_FORWARDRESPONSE']._serialized_start=1860
-  _globals['_FORWARDRESPONSE']._serialized_end=1932
-  _globals['_WATCHREQUEST']._serialized_start=1934
-  _globals['_WATCHREQUEST']._serialized_end=1986
-  _globals['_WATCHRESPONSE']._serialized_start=1989
-  _globals['_WATCHRESPONSE']._serialized_end=2157
-  _globals['_READRANGEREQUEST']._serialized_start=2159
-  _globals['_READRANGEREQUEST']._serialized_end=2223
-  _globals['_READRANGERESPONSE']._serialized_start=2225
-  _globals['_READRANGERESPONSE']._serialized_end=2258
-  _globals['_STAGESERVICE']._serialized_start=2261
-  _globals['_STAGESERVICE']._serialized_end=2751
-  _globals['_CHECKPOINTSERVICE']._serialized_start=2753
-  _globals['_CHECKPOINTSERVICE']._serialized_end=2856
+  _globals['_WEIGHTCOUNT']._serialized_start=542
+  _globals['_WEIGHTCOUNT']._serialized_end=630
+  _globals['_MEASUREMODELRESPONSE']._serialized_start=633
+  _globals['_MEASUREMODELRESPONSE']._serialized_end=925
+  _globals['_LOADSPANREQUEST']._serialized_start=928
+  _globals['_LOADSPANREQUEST']._serialized_end=1689
+  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_start=1631
+  _globals['_LOADSPANREQUEST_WEIGHTMAPENTRY']._serialized_end=1679
+  _globals['_STOREOPTIONS']._serialized_start=1692
+  _globals['_STOREOPTIONS']._serialized_end=1826
+  _globals['_LOADSPANRESPONSE']._serialized_start=1829
+  _globals['_LOADSPANRESPONSE']._serialized_end=2235
+  _globals['_LOADSPANRESPONSE_PHASE']._serialized_start=2120
+  _globals['_LOADSPANRESPONSE_PHASE']._serialized_end=2235
+  _globals['_OPENEPOCHREQUEST']._serialized_start=2237
+  _globals['_OPENEPOCHREQUEST']._serialized_end=2339
+  _globals['_OPENEPOCHRESPONSE']._serialized_start=2341
+  _globals['_OPENEPOCHRESPONSE']._serialized_end=2360
+  _globals['_FORWARDREQUEST']._serialized_start=2363
+  _globals['_FORWARDREQUEST']._serialized_end=2512
+  _globals['_FORWARDRESPONSE']._serialized_start=2514
+  _globals['_FORWARDRESPONSE']._serialized_end=2586
+  _globals['_WATCHREQUEST']._serialized_start=2588
+  _globals['_WATCHREQUEST']._serialized_end=2640
+  _globals['_WATCHRESPONSE']._serialized_start=2643
+  _globals['_WATCHRESPONSE']._serialized_end=2811
+  _globals['_READRANGEREQUEST']._serialized_start=2813
+  _globals['_READRANGEREQUEST']._serialized_end=2877
+  _globals['_READRANGERESPONSE']._serialized_start=2879
+  _globals['_READRANGERESPONSE']._serialized_end=2912
+  _globals['_LISTHELDREQUEST']._serialized_start=2914
+  _globals['_LISTHELDREQUEST']._serialized_end=2983
+  _globals['_LISTHELDRESPONSE']._serialized_start=2986
+  _globals['_LISTHELDRESPONSE']._serialized_end=3115
+  _globals['_READHELDREQUEST']._serialized_start=3117
+  _globals['_READHELDREQUEST']._serialized_end=3232
+  _globals['_READHELDRESPONSE']._serialized_start=3234
+  _globals['_READHELDRESPONSE']._serialized_end=3266
+  _globals['_STAGESERVICE']._serialized_start=3269
+  _globals['_STAGESERVICE']._serialized_end=3759
+  _globals['_STORESERVICE']._serialized_start=3762
+  _globals['_STORESERVICE']._serialized_end=3936
+  _globals['_CHECKPOINTSERVICE']._serialized_start=3938
+  _globals['_CHECKPOINTSERVICE']._serialized_end=4041
 # @@protoc_insertion_point(module_scope)

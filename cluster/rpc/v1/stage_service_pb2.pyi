@@ -56,22 +56,40 @@ class MeasureModelRequest(_message.Message):
     config_json: str
     def __init__(self, config_json: _Optional[str] = ...) -> None: ...
 
+class WeightCount(_message.Message):
+    __slots__ = ("num_linear", "num_rows", "num_kept", "num_small")
+    NUM_LINEAR_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KEPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_SMALL_FIELD_NUMBER: _ClassVar[int]
+    num_linear: int
+    num_rows: int
+    num_kept: int
+    num_small: int
+    def __init__(self, num_linear: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_kept: _Optional[int] = ..., num_small: _Optional[int] = ...) -> None: ...
+
 class MeasureModelResponse(_message.Message):
-    __slots__ = ("block_num_parameters", "embedding_num_parameters", "head_num_parameters", "kv_elements_per_token", "hidden_size")
-    BLOCK_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("blocks", "experts", "num_experts", "embedding_num_parameters", "head", "kv_elements_per_token", "hidden_size", "num_output_elements")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDING_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
-    HEAD_NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
     KV_ELEMENTS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
-    block_num_parameters: _containers.RepeatedScalarFieldContainer[int]
+    NUM_OUTPUT_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[WeightCount]
+    experts: _containers.RepeatedCompositeFieldContainer[WeightCount]
+    num_experts: int
     embedding_num_parameters: int
-    head_num_parameters: int
+    head: WeightCount
     kv_elements_per_token: _containers.RepeatedScalarFieldContainer[int]
     hidden_size: int
-    def __init__(self, block_num_parameters: _Optional[_Iterable[int]] = ..., embedding_num_parameters: _Optional[int] = ..., head_num_parameters: _Optional[int] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+    num_output_elements: int
+    def __init__(self, blocks: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., num_experts: _Optional[int] = ..., embedding_num_parameters: _Optional[int] = ..., head: _Optional[_Union[WeightCount, _Mapping]] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ..., num_output_elements: _Optional[int] = ...) -> None: ...
 
 class LoadSpanRequest(_message.Message):
-    __slots__ = ("epoch", "stage", "num_stages", "first_block", "end_block", "config_json", "hub", "folder", "weight_files", "weight_map", "precision", "kv_dtype", "wire_dtype", "num_pages", "page_size", "max_context", "is_exact")
+    __slots__ = ("epoch", "stage", "num_stages", "first_block", "end_block", "config_json", "hub", "folder", "weight_files", "weight_map", "precision", "kv_dtype", "wire_dtype", "num_pages", "page_size", "max_context", "is_exact", "store", "holders", "compute_dtype", "outlier_threshold", "num_streamed", "ring_bytes", "memory_bytes", "expert_cache_bytes")
     class WeightMapEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +114,14 @@ class LoadSpanRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     IS_EXACT_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    HOLDERS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    OUTLIER_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMED_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     epoch: _stage_pb2.Epoch
     stage: int
     num_stages: int
@@ -113,18 +139,44 @@ class LoadSpanRequest(_message.Message):
     page_size: int
     max_context: int
     is_exact: bool
-    def __init__(self, epoch: _Optional[_Union[_stage_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., config_json: _Optional[str] = ..., hub: _Optional[_Union[_stage_pb2.HubSource, _Mapping]] = ..., folder: _Optional[_Union[_stage_pb2.FolderSource, _Mapping]] = ..., weight_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ..., weight_map: _Optional[_Mapping[str, str]] = ..., precision: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_context: _Optional[int] = ..., is_exact: bool = ...) -> None: ...
+    store: StoreOptions
+    holders: _containers.RepeatedScalarFieldContainer[str]
+    compute_dtype: str
+    outlier_threshold: float
+    num_streamed: int
+    ring_bytes: int
+    memory_bytes: int
+    expert_cache_bytes: int
+    def __init__(self, epoch: _Optional[_Union[_stage_pb2.Epoch, _Mapping]] = ..., stage: _Optional[int] = ..., num_stages: _Optional[int] = ..., first_block: _Optional[int] = ..., end_block: _Optional[int] = ..., config_json: _Optional[str] = ..., hub: _Optional[_Union[_stage_pb2.HubSource, _Mapping]] = ..., folder: _Optional[_Union[_stage_pb2.FolderSource, _Mapping]] = ..., weight_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ..., weight_map: _Optional[_Mapping[str, str]] = ..., precision: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., max_context: _Optional[int] = ..., is_exact: bool = ..., store: _Optional[_Union[StoreOptions, _Mapping]] = ..., holders: _Optional[_Iterable[str]] = ..., compute_dtype: _Optional[str] = ..., outlier_threshold: _Optional[float] = ..., num_streamed: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., expert_cache_bytes: _Optional[int] = ...) -> None: ...
+
+class StoreOptions(_message.Message):
+    __slots__ = ("store_folder", "download_folder", "is_source_discarded", "quota_bytes", "reserve_bytes")
+    STORE_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOAD_FOLDER_FIELD_NUMBER: _ClassVar[int]
+    IS_SOURCE_DISCARDED_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    store_folder: str
+    download_folder: str
+    is_source_discarded: bool
+    quota_bytes: int
+    reserve_bytes: int
+    def __init__(self, store_folder: _Optional[str] = ..., download_folder: _Optional[str] = ..., is_source_discarded: bool = ..., quota_bytes: _Optional[int] = ..., reserve_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadSpanResponse(_message.Message):
-    __slots__ = ("phase", "bytes_done", "bytes_total", "is_loaded", "weight_bytes", "kv_bytes", "compute_dtype", "wire_dtype", "kv_dtype")
+    __slots__ = ("phase", "bytes_done", "bytes_total", "is_loaded", "weight_bytes", "kv_bytes", "compute_dtype", "wire_dtype", "kv_dtype", "streamed_bytes", "disk_bytes_per_second")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_UNSPECIFIED: _ClassVar[LoadSpanResponse.Phase]
         PHASE_DOWNLOADING: _ClassVar[LoadSpanResponse.Phase]
         PHASE_LOADING: _ClassVar[LoadSpanResponse.Phase]
+        PHASE_CONVERTING: _ClassVar[LoadSpanResponse.Phase]
+        PHASE_VERIFYING: _ClassVar[LoadSpanResponse.Phase]
     PHASE_UNSPECIFIED: LoadSpanResponse.Phase
     PHASE_DOWNLOADING: LoadSpanResponse.Phase
     PHASE_LOADING: LoadSpanResponse.Phase
+    PHASE_CONVERTING: LoadSpanResponse.Phase
+    PHASE_VERIFYING: LoadSpanResponse.Phase
     PHASE_FIELD_NUMBER: _ClassVar[int]
     BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
     BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +186,8 @@ class LoadSpanResponse(_message.Message):
     COMPUTE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     phase: LoadSpanResponse.Phase
     bytes_done: int
     bytes_total: int
@@ -143,7 +197,9 @@ class LoadSpanResponse(_message.Message):
     compute_dtype: str
     wire_dtype: str
     kv_dtype: str
-    def __init__(self, phase: _Optional[_Union[LoadSpanResponse.Phase, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., is_loaded: bool = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ...) -> None: ...
+    streamed_bytes: int
+    disk_bytes_per_second: float
+    def __init__(self, phase: _Optional[_Union[LoadSpanResponse.Phase, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., is_loaded: bool = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., streamed_bytes: _Optional[int] = ..., disk_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class OpenEpochRequest(_message.Message):
     __slots__ = ("epoch", "next_address", "next_node_name")
@@ -204,6 +260,46 @@ class ReadRangeRequest(_message.Message):
     def __init__(self, file: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class ReadRangeResponse(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class ListHeldRequest(_message.Message):
+    __slots__ = ("store_key", "repo_id", "commit")
+    STORE_KEY_FIELD_NUMBER: _ClassVar[int]
+    REPO_ID_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    store_key: str
+    repo_id: str
+    commit: str
+    def __init__(self, store_key: _Optional[str] = ..., repo_id: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+
+class ListHeldResponse(_message.Message):
+    __slots__ = ("store_files", "downloaded_files")
+    STORE_FILES_FIELD_NUMBER: _ClassVar[int]
+    DOWNLOADED_FILES_FIELD_NUMBER: _ClassVar[int]
+    store_files: _containers.RepeatedCompositeFieldContainer[_stage_pb2.CheckpointFile]
+    downloaded_files: _containers.RepeatedCompositeFieldContainer[_stage_pb2.CheckpointFile]
+    def __init__(self, store_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ..., downloaded_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ...) -> None: ...
+
+class ReadHeldRequest(_message.Message):
+    __slots__ = ("store_key", "repo_id", "commit", "file", "offset", "length")
+    STORE_KEY_FIELD_NUMBER: _ClassVar[int]
+    REPO_ID_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    store_key: str
+    repo_id: str
+    commit: str
+    file: str
+    offset: int
+    length: int
+    def __init__(self, store_key: _Optional[str] = ..., repo_id: _Optional[str] = ..., commit: _Optional[str] = ..., file: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class ReadHeldResponse(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes

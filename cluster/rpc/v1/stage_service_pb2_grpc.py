@@ -241,6 +241,105 @@ class StageService(object):
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 
 
+class StoreServiceStub(object):
+    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListHeld = channel.unary_unary(
+                '/cluster.rpc.v1.StoreService/ListHeld',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldResponse.FromString,
+                )
+        self.ReadHeld = channel.unary_stream(
+                '/cluster.rpc.v1.StoreService/ReadHeld',
+                request_serializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldRequest.SerializeToString,
+                response_deserializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldResponse.FromString,
+                )
+
+
+class StoreServiceServicer(object):
+    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """
+
+    def ListHeld(self, request, context):
+        """Which converted parts of a checkpoint are here, or which files of it were downloaded. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadHeld(self, request, context):
+        """Reads a byte range of one of them. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_StoreServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListHeld': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHeld,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldResponse.SerializeToString,
+            ),
+            'ReadHeld': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadHeld,
+                    request_deserializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldRequest.FromString,
+                    response_serializer=cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cluster.rpc.v1.StoreService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+
+
+ # This class is part of an EXPERIMENTAL API.
+class StoreService(object):
+    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """
+
+    @staticmethod
+    def ListHeld(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/cluster.rpc.v1.StoreService/ListHeld',
+            cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ListHeldResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ReadHeld(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/cluster.rpc.v1.StoreService/ReadHeld',
+            cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldRequest.SerializeToString,
+            cluster_dot_rpc_dot_v1_dot_stage__service__pb2.ReadHeldResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+
 class CheckpointServiceStub(object):
     """The coordinator's: serves a checkpoint folder that exists only on the head.
     """

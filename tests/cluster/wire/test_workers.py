@@ -5,7 +5,7 @@ import pytest
 from cluster.errors import InvalidRequestError
 from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
 from cluster.microbatch import Epoch
-from cluster.model_spec import CheckpointFile, FolderSource, HubSource, ModelSizes, Precision
+from cluster.model_spec import CheckpointFile, FolderSource, HubSource, ModelSizes, Precision, WeightCount
 from cluster.placement import WorkerId, WorkerInfo
 from cluster.rpc.v1 import stage_service_pb2 as service
 from cluster.span import Span
@@ -75,11 +75,12 @@ def test_what_a_worker_says_about_itself_survives_the_wire():
 
 
 def test_sizes_survive_the_wire():
-    sizes = ModelSizes((2_470_000_000, 1), 3, 4, (28672, 5), 14336)
+    block, head = WeightCount(2_470_000_000, 100_000, 5, 7), WeightCount(num_linear=4)
+    sizes = ModelSizes((block, head), (WeightCount(), block), 8, 3, head, (28672, 5), 14336, 186_368)
     assert model_sizes_from_proto(model_sizes_to_proto(sizes)) == sizes
 
 
-@pytest.mark.parametrize("phase", ["downloading", "loading"])
+@pytest.mark.parametrize("phase", ["downloading", "converting", "verifying", "loading"])
 def test_progress_survives_the_wire(phase):
     progress = LoadProgress(phase, 1, 2**40)
     assert load_progress_from_proto(load_progress_to_proto(progress)) == progress

@@ -1,0 +1,1 @@
+"""From weights as trained to weights as stored: one module per scheme."""
