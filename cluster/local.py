@@ -1,0 +1,239 @@
+"""A model on this machine from Python, without Ray: one worker and its coordinator, in threads of this process.
+
+    from cluster.local import LocalModel
+
+    with LocalModel.from_pretrained("bigscience/bloom-7b1", precision="int8", memory="12GiB") as model:
+        print(model.generate("The capital of France is", max_tokens=20, temperature=0).text)
+        for piece in model.stream([{"role": "user", "content": "Why is the sky blue?"}]):
+            print(piece.text, end="", flush=True)
+
+What does not fit into `memory` is read from disk on every pass. Concurrent calls are batched as a server batches its
+clients': it is the same scheduler, stage and protocol, over a port of 127.0.0.1 as `cluster serve` opens one.
+Covers assembling the parts and their lifetime; every setting is `cluster.config.ServeConfig`'s, every option of a call
+`cluster.client`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self, TypeVar, Unpack
+
+from cluster.client import BlockingGeneration, ChatMessage, Client, ClusterStatus, Completion, GenerateOptions, Prompt
+from cluster.clock import SystemClock
+from cluster.config import ServeConfig, parse_size
+from cluster.errors import StageUnavailableError
+from cluster.hub.resolve import find_token, resolve
+from cluster.placement import WorkerId
+from cluster.rpc.v1 import generation_service_pb2 as service
+from coordinator.coordinator import Coordinator
+from coordinator.order import CoordinatorOrder
+from worker.build import build_server
+from worker.order import WorkerOrder
+
+Result = TypeVar("Result")
+StatusListener = Callable[[ClusterStatus], None]
+
+LOOPBACK = "127.0.0.1"
+POLL_SECONDS = 0.2
+
+
+class LocalModel:
+    """A loaded model. Close it, or use it in a `with` block: it holds memory, threads and open files.
+
+    Calls may come from several threads at once.
+    """
+
+    def __init__(self, runtime: _Runtime, client: Client) -> None:
+        """Use `from_pretrained`."""
+        self._runtime = runtime
+        self._client = client
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        precision: str = "auto",
+        memory: str | int = 0,
+        on_status: StatusListener | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load an alias, a hub id or a folder, converting it first where the precision asks for that.
+
+        `memory` bounds the whole process ("12GiB" or bytes; 0: what the machine has free, with a margin); weights
+        that do not fit are read from disk on every pass. `settings` are those of ServeConfig that concern one
+        machine: `revision`, `threads`, `gpus`, `max_context`, `kv_dtype`, `store_dir`, ….
+        `on_status` hears of the load's progress several times a second. Raises SpanwiseError.
+        """
+        config = ServeConfig(model=model, precision=precision, memory=parse_size("memory", memory), port=0, **settings)
+        config.validate()
+        runtime = _Runtime()
+        try:
+            address = runtime.run(runtime.serve(config))
+            client = Client(address)
+            try:
+                _wait_ready(runtime, client, on_status)
+            except BaseException:
+                client.close()
+                raise
+        except BaseException:
+            runtime.close()
+            raise
+        return cls(runtime, client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what is generated and free everything. Idempotent."""
+        self._client.close()
+        self._runtime.close()
+
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
+        """Return what follows a prompt: text, token ids (a sequence, or an array of one row) or a chat."""
+        return self._client.complete(_as_prompt(prompt), **options)
+
+    def generate_many(self, prompts: Iterable[Prompt], **options: Unpack[GenerateOptions]) -> list[Completion]:
+        """Return what follows each prompt, in their order. They are computed together, as far as memory allows."""
+        listed = [_as_prompt(prompt) for prompt in prompts]
+        return self._client.complete_many(listed, concurrency=max(1, len(listed)), **options)
+
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> BlockingGeneration:
+        """Return the pieces of what follows a prompt, as they come."""
+        return self._client.generate(_as_prompt(prompt), **options)
+
+    def tokenize(self, prompt: str | Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Return the token ids of a text or chat, as `generate` reads it."""
+        return self._client.tokenize(prompt)
+
+    def detokenize(self, token_ids: Iterable[int]) -> str:
+        """Return the text of token ids."""
+        return self._client.detokenize(token_ids)
+
+    def describe(self) -> ClusterStatus:
+        """Return memory, what is read from disk, and how busy the model is."""
+        return self._client.describe()
+
+
+def _wait_ready(runtime: _Runtime, client: Client, on_status: StatusListener | None) -> None:
+    """Return when the model serves. Raises StageUnavailableError saying why it cannot."""
+    while not runtime.run(runtime.settle()):
+        if on_status is not None:
+            on_status(client.describe())
+    if on_status is not None:
+        on_status(client.describe())
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    """Return token ids of a tensor or array `[num_tokens]` or `[1, num_tokens]`; anything else as it is."""
+    if not hasattr(prompt, "tolist"):
+        return prompt  # type: ignore[no-any-return]
+    token_ids = prompt.tolist()
+    if token_ids and isinstance(token_ids[0], list):
+        (token_ids,) = token_ids  # several rows are several prompts: generate_many
+    return [int(token_id) for token_id in token_ids]
+
+
+class _Runtime:
+    """The event loop's thread, and the worker and coordinator that live on it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="spanwise-local", daemon=True)
+        self._thread.start()
+        self._stop = asyncio.Event()
+        self._coordinator: Coordinator | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """Run on the loop and wait; whatever interrupts the wait cancels the work."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def serve(self, config: ServeConfig) -> str:
+        """Start worker and coordinator; return the address for clients. Raises SpanwiseError."""
+        address: asyncio.Future[str] = self._loop.create_future()
+
+        async def live() -> None:
+            try:
+                async with _serving(config) as (self._coordinator, bound):
+                    address.set_result(bound)
+                    await self._stop.wait()
+            except BaseException as error:
+                if address.done():
+                    raise
+                address.set_exception(error)
+
+        self._serving = asyncio.create_task(live())
+        return await address
+
+    async def settle(self) -> bool:
+        """Tell whether the model serves, after a moment if not. Raises StageUnavailableError if it never will."""
+        assert self._coordinator is not None
+        if self._coordinator.board.state == service.CLUSTER_STATE_READY:
+            return True
+        try:
+            async with asyncio.timeout(POLL_SECONDS):
+                reason = await self._coordinator.wait_ended()
+        except TimeoutError:
+            return False
+        raise StageUnavailableError(reason or "the model was closed while it loaded")
+
+    def close(self) -> None:
+        """Stop worker and coordinator, and end the thread. Idempotent."""
+        if self._loop.is_closed():
+            return
+        self.run(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _end(self) -> None:
+        self._stop.set()
+        if self._serving is not None:
+            await asyncio.wait((self._serving,))
+
+
+@asynccontextmanager
+async def _serving(config: ServeConfig) -> AsyncIterator[tuple[Coordinator, str]]:
+    """Run a worker and a coordinator of `config`; give the coordinator and the address for clients."""
+    token = find_token()
+    spec = await asyncio.to_thread(resolve, config.model, revision=config.revision, token=token)
+    worker = build_server(_worker_order(config), credentials=None)
+    worker_address = await worker.start()
+    try:
+        order = CoordinatorOrder(config, spec, (worker_address,), LOOPBACK, generation=1, token=token or "")
+        coordinator = Coordinator(order, None, SystemClock())
+        try:
+            yield coordinator, await coordinator.start()
+        finally:
+            await coordinator.stop()
+    finally:
+        await worker.stop()
+
+
+def _worker_order(config: ServeConfig) -> WorkerOrder:
+    return WorkerOrder(
+        worker_id=WorkerId("w0"),
+        listen_address=LOOPBACK,
+        ports=range(0),
+        num_neighbours=1,
+        num_threads=config.threads,
+        num_gpus=config.gpus,
+        memory_bytes=config.memory,
+        log_dir="",
+        is_log_json=False,
+    )

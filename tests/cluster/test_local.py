@@ -1,0 +1,77 @@
+"""The Python API for one machine, over the embedded model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.catalogue import shipped_folder
+from cluster.errors import ConfigurationError, NotFoundError, StageUnavailableError
+from cluster.local import LocalModel
+
+PROMPT = "The state of the union"
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[LocalModel]:
+    with LocalModel.from_pretrained("bloom-tiny", precision="fp32", memory="3GiB", threads=1) as loaded:
+        yield loaded
+
+
+def expected(token_ids: tuple[int, ...]) -> list[int]:
+    reference = AutoModelForCausalLM.from_pretrained(shipped_folder("bloom-tiny"), dtype=torch.float32)
+    out = reference.generate(torch.tensor([token_ids]), max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    return out[0, len(token_ids) :].tolist()
+
+
+def test_it_writes_what_transformers_writes(model: LocalModel) -> None:
+    token_ids = model.tokenize(PROMPT)
+    completion = model.generate(PROMPT, **GREEDY)
+    assert list(completion.token_ids) == expected(token_ids)
+    assert completion.text == model.detokenize(completion.token_ids)
+
+
+def test_token_ids_may_come_as_a_tensor(model: LocalModel) -> None:
+    token_ids = torch.tensor([model.tokenize(PROMPT)])
+    assert model.generate(token_ids, **GREEDY).token_ids == model.generate(PROMPT, **GREEDY).token_ids
+
+
+def test_many_prompts_come_back_in_their_order(model: LocalModel) -> None:
+    prompts = [PROMPT, "We must", "Congress"]
+    together = [completion.token_ids for completion in model.generate_many(prompts, **GREEDY)]
+    assert together == [model.generate(prompt, **GREEDY).token_ids for prompt in prompts]
+
+
+def test_pieces_are_streamed(model: LocalModel) -> None:
+    text = "".join(piece.text for piece in model.stream(PROMPT, **GREEDY))
+    assert text == model.generate(PROMPT, **GREEDY).text
+
+
+def test_closing_ends_every_thread_and_the_progress_was_told() -> None:
+    before = set(threading.enumerate())
+    states = []
+    loaded = LocalModel.from_pretrained(
+        "bloom-tiny", memory="3GiB", threads=1, on_status=lambda status: states.append(status.state)
+    )
+    loaded.close()
+    loaded.close()
+    assert states[-1] == "ready"
+    left = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith(("spanwise", "compute"))]
+    assert not left
+
+
+def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(NotFoundError):
+        LocalModel.from_pretrained(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigurationError, match="precision"):
+        LocalModel.from_pretrained("bloom-tiny", precision="int3")
+    with pytest.raises(StageUnavailableError, match="does not fit"):
+        LocalModel.from_pretrained("bloom-tiny", memory="1MiB", threads=1)
+    assert threading.active_count() <= before + 1
