@@ -55,6 +55,8 @@ from worker.compute_thread import ComputeThread
 from worker.downstream import Downstream
 from worker.executor import LoadedSpan, SpanLoader
 from worker.relay import ReceivedStep, Relay
+from worker.sharing.service import StoreServicer
+from worker.sharing.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +78,16 @@ class StageServer(service_grpc.StageServiceServicer):
         credentials: Credentials | None,
         clock: Clock,
         prepare_thread: Callable[[], None] = lambda: None,
+        shelf: Shelf | None = None,
     ) -> None:
         """`info.address` is set by `start`. An empty `ports` means any free port. `prepare_thread` runs first in the
-        compute thread."""
+        compute thread. `shelf` is what the loader offers to other workers."""
         self._info = info
         self._loader = loader
         self._host, self._ports, self._credentials = host, ports, credentials
         self._clock = clock
         self._prepare_thread = prepare_thread
+        self._shelf = shelf or Shelf()
         self._newest = Epoch(0, 0)
         self._relay: Relay | None = None
         self._is_stopping = False
@@ -94,6 +98,7 @@ class StageServer(service_grpc.StageServiceServicer):
         self._server = new_server()
         self._health = HealthServicer()
         service_grpc.add_StageServiceServicer_to_server(self, self._server)
+        service_grpc.add_StoreServiceServicer_to_server(StoreServicer(self._shelf), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         try:
@@ -104,6 +109,7 @@ class StageServer(service_grpc.StageServiceServicer):
         self._compute = ComputeThread(f"compute-{self._info.worker_id}", self._prepare_thread)
         await self._server.start()
         self._info = replace(self._info, address=f"{self._host}:{port}")
+        self._shelf.address = self._info.address
         await self._set_health(is_serving=False)
         return self._info.address
 

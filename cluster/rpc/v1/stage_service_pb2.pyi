@@ -266,38 +266,40 @@ class ReadRangeResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ListHeldRequest(_message.Message):
-    __slots__ = ("store_key", "repo_id", "commit")
-    STORE_KEY_FIELD_NUMBER: _ClassVar[int]
-    REPO_ID_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_FIELD_NUMBER: _ClassVar[int]
-    store_key: str
-    repo_id: str
-    commit: str
-    def __init__(self, store_key: _Optional[str] = ..., repo_id: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+    __slots__ = ("collection",)
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
+    collection: str
+    def __init__(self, collection: _Optional[str] = ...) -> None: ...
 
 class ListHeldResponse(_message.Message):
-    __slots__ = ("store_files", "downloaded_files")
-    STORE_FILES_FIELD_NUMBER: _ClassVar[int]
-    DOWNLOADED_FILES_FIELD_NUMBER: _ClassVar[int]
-    store_files: _containers.RepeatedCompositeFieldContainer[_stage_pb2.CheckpointFile]
-    downloaded_files: _containers.RepeatedCompositeFieldContainer[_stage_pb2.CheckpointFile]
-    def __init__(self, store_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ..., downloaded_files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ...) -> None: ...
+    __slots__ = ("files", "claims")
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    CLAIMS_FIELD_NUMBER: _ClassVar[int]
+    files: _containers.RepeatedCompositeFieldContainer[_stage_pb2.CheckpointFile]
+    claims: _containers.RepeatedCompositeFieldContainer[Claim]
+    def __init__(self, files: _Optional[_Iterable[_Union[_stage_pb2.CheckpointFile, _Mapping]]] = ..., claims: _Optional[_Iterable[_Union[Claim, _Mapping]]] = ...) -> None: ...
+
+class Claim(_message.Message):
+    __slots__ = ("file", "has_begun", "bytes_done")
+    FILE_FIELD_NUMBER: _ClassVar[int]
+    HAS_BEGUN_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    file: str
+    has_begun: bool
+    bytes_done: int
+    def __init__(self, file: _Optional[str] = ..., has_begun: bool = ..., bytes_done: _Optional[int] = ...) -> None: ...
 
 class ReadHeldRequest(_message.Message):
-    __slots__ = ("store_key", "repo_id", "commit", "file", "offset", "length")
-    STORE_KEY_FIELD_NUMBER: _ClassVar[int]
-    REPO_ID_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("collection", "file", "offset", "length")
+    COLLECTION_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
-    store_key: str
-    repo_id: str
-    commit: str
+    collection: str
     file: str
     offset: int
     length: int
-    def __init__(self, store_key: _Optional[str] = ..., repo_id: _Optional[str] = ..., commit: _Optional[str] = ..., file: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    def __init__(self, collection: _Optional[str] = ..., file: _Optional[str] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class ReadHeldResponse(_message.Message):
     __slots__ = ("data",)

@@ -242,7 +242,7 @@ class StageService(object):
 
 
 class StoreServiceStub(object):
-    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """Every worker's: files that it keeps on its disk, for workers that need the same. Reads only.
     """
 
     def __init__(self, channel):
@@ -264,18 +264,18 @@ class StoreServiceStub(object):
 
 
 class StoreServiceServicer(object):
-    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """Every worker's: files that it keeps on its disk, for workers that need the same. Reads only.
     """
 
     def ListHeld(self, request, context):
-        """Which converted parts of a checkpoint are here, or which files of it were downloaded. Idempotent.
+        """Which files of a collection are here whole, and which this worker is about to fetch. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadHeld(self, request, context):
-        """Reads a byte range of one of them. Idempotent.
+        """Reads a byte range of a file that is here whole. NOT_FOUND when it is not. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -302,7 +302,7 @@ def add_StoreServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StoreService(object):
-    """Every worker's: what it keeps on its disk, for workers that need the same. Reads only.
+    """Every worker's: files that it keeps on its disk, for workers that need the same. Reads only.
     """
 
     @staticmethod
