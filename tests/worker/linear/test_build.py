@@ -1,4 +1,4 @@
-"""Linear layers against float64 products, and the independence of their rows."""
+"""Linear layers of every precision against float64 products, and the independence of their rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.errors import ConfigurationError
 from cluster.model_spec import Precision
-from worker import linear as module
-from worker.linear import FixedRowsLinear, Linear, PlainLinear, Scratch, UpcastLinear, build_linear
+from worker.linear import Linear, LinearNumerics, Scratch, build_linears
+from worker.linear.build import check_rows
+from worker.linear.floating import SCRATCH_BYTES, FixedRowsLinear, PieceLinear, PlainLinear
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16
+from worker.quantization.encode import encode
 
-PRECISIONS = list(Precision)
+PRECISIONS = [Precision.FP32, Precision.BF16, Precision.FP16]
+CPU = torch.device("cpu")
 SHAPES = [(96, 64), (100, 72), (1, 16), (17, 33), (576, 1536), (2048, 2048)]
 
 
@@ -26,9 +29,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def build(
     weight: Tensor, bias: Tensor | None, precision: Precision, *, is_exact: bool = False, is_bf16_native: bool = False
-) -> tuple[Linear, torch.dtype]:
-    compute = choose_compute_dtype(precision, torch.device("cpu"), is_bf16_native=is_bf16_native)
-    built = build_linear(weight, bias, precision=precision, compute_dtype=compute, device="cpu", is_exact=is_exact)
+) -> tuple[nn.Module, torch.dtype]:
+    compute = choose_compute_dtype(precision, CPU, is_bf16_native=is_bf16_native)
+    numerics = LinearNumerics(compute, CPU, is_exact)
+    (built,) = build_linears([encode("layer", weight, precision)], [bias], numerics, Scratch())
     return built, compute
 
 
@@ -50,7 +54,7 @@ def test_computes_the_product_of_the_rounded_weights(
     bias = random(shape[0], seed=2) if has_bias else None
     built, _ = build(weight, bias, precision)
     x = random(2, 5, shape[1], seed=3)
-    expected = x.double() @ weight.to(DTYPES[precision.value]).double().T + (bias.double() if has_bias else 0)
+    expected = x.double() @ weight.to(DTYPES[precision.value]).double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(built(x), expected.float(), rtol=1e-4, atol=1e-3)
 
 
@@ -97,9 +101,9 @@ def test_exact_rows_do_not_depend_on_where_the_packing_cuts(
 
 
 def test_fixed_rows_make_any_library_exact() -> None:
-    weight, bias = random(96, 64), random(96)
-    fixed, x = FixedRowsLinear(weight, bias), random(150, 64, seed=6)
-    torch.testing.assert_close(fixed(x), PlainLinear(weight, bias)(x))
+    weight, bias, numerics = encode("layer", random(96, 64), Precision.FP32), random(96), numerics_of(is_exact=True)
+    fixed, x = FixedRowsLinear(weight, bias, numerics), random(150, 64, seed=6)
+    torch.testing.assert_close(fixed(x), PlainLinear(weight, bias, numerics)(x))
     for count in (1, 2, 17, 64, 65, 130):
         assert torch.equal(fixed(x[:count]), fixed(x)[:count])
 
@@ -107,28 +111,21 @@ def test_fixed_rows_make_any_library_exact() -> None:
 def test_refuses_exactness_where_the_library_rounds_by_company() -> None:
     class Uneven(Linear):
         def multiply(self, rows: Tensor) -> Tensor:
-            return rows @ self.weight.T + 1e-6 * rows.shape[0]
+            return rows + 1e-6 * rows.shape[0]
 
     with pytest.raises(ConfigurationError, match="without --exact"):
-        module._check_rows(Uneven(random(8, 8), None), torch.zeros(1, 8))
+        check_rows(Uneven(8, None), torch.zeros(1, 8))
 
 
 def test_layers_share_one_scratch_of_bounded_size() -> None:
     scratch = Scratch()
-    layers = [
-        build_linear(
-            random(rows, 1024), None, precision=Precision.BF16, compute_dtype=torch.float32, device="cpu",
-            is_exact=False, scratch=scratch,
-        )
-        for rows in (100, 3000)
-    ]  # fmt: skip
-    for layer in layers:
+    weights = [encode("layer", random(rows, 1024), Precision.BF16) for rows in (100, 3000)]
+    for layer in build_linears(weights, [None, None], numerics_of(), scratch):
         layer(torch.ones(1, 1024))
-        assert isinstance(layer, UpcastLinear)
+        assert isinstance(layer, PieceLinear)
         assert layer.scratch is scratch
-    assert scratch.take(1, 1).untyped_storage().nbytes() == module.SCRATCH_BYTES
+    assert scratch.take(1, 1).untyped_storage().nbytes() == SCRATCH_BYTES
 
 
-def test_counts_the_bytes_it_stores() -> None:
-    assert build(random(10, 8), random(10), Precision.FP32)[0].weight_bytes == 10 * 8 * 4 + 10 * 4
-    assert build(random(10, 8), None, Precision.FP16)[0].weight_bytes == 10 * 8 * 2
+def numerics_of(*, is_exact: bool = False) -> LinearNumerics:
+    return LinearNumerics(torch.float32, CPU, is_exact)
