@@ -23,10 +23,11 @@ from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_to_checkpoints
 from worker.executor import LoadedSpan
 from worker.kv_cache import KVCache
-from worker.linear import Scratch, build_linear
+from worker.linear import LinearNumerics, Scratch, build_linears
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16
 from worker.sampling import Sampler
 from worker.stage import Entrance, Exit, Stage, StageNumerics
+from worker.stored_weight import MemoryWeight, Piece
 from worker.weights import Checkpoint, fetch_checkpoint
 
 READABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -124,15 +125,11 @@ class SpanWeights:
         """See WeightSource."""
         stored_shape = shape[::-1] if is_transposed else shape
         weight = self._find(key + "weight", stored_shape)
-        built = build_linear(
-            self._copy(key + "weight", weight.t() if is_transposed else weight, self._numerics.stored),
-            self.tensor(key + "bias", torch.Size(shape[:1])) if has_bias else None,
-            precision=self._order.precision,
-            compute_dtype=self._numerics.compute,
-            device=self._numerics.device,
-            is_exact=self._numerics.is_exact,
-            scratch=self._scratch,
-        )
+        copy = self._copy(key + "weight", weight.t() if is_transposed else weight, self._numerics.stored)
+        stored = MemoryWeight(key, self._order.precision, shape, {}, (Piece(0, shape[0], {"weight": copy}),))
+        bias = self.tensor(key + "bias", torch.Size(shape[:1])) if has_bias else None
+        numerics = LinearNumerics(self._numerics.compute, self._numerics.device, self._numerics.is_exact)
+        built = build_linears([stored], [bias], numerics, self._scratch)[0]
         self.weight_bytes += weight.numel() * self._numerics.stored.itemsize
         self._advance(weight.numel())
         return built
