@@ -10,12 +10,18 @@ Covers values and their JSON; `worker.store.layout` decides where tensors lie.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import xxhash
+
+from cluster.errors import ConfigurationError, StorageError
+from cluster.load_order import SLICE_BYTES as SLICE_BYTES  # the coordinator plans with it
 
 FORMAT_VERSION = 1
 ALIGNMENT = 4096
-SLICE_BYTES = 64 << 20
 SMALL_ALIGNMENT = 64  # of tensors in the leading segment, which is read whole
 
 
@@ -27,7 +33,7 @@ class TensorPlace:
     shape: tuple[int, ...]
     offset: int  # from the beginning of the file
     num_bytes: int
-    checksum: str  # XXH3-128 of these bytes, in hexadecimal
+    checksum: str  # XXH3-128 of these bytes, in hexadecimal; empty in a plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +83,65 @@ class PartManifest:
     def streamed_bytes(self) -> int:
         """Bytes that a pass reads when the part is streamed."""
         return sum(place.num_bytes for place in self.slices)
+
+    def weight(self, name: str) -> WeightPlace:
+        """Return a weight by its name. Raises StorageError."""
+        for place in self.weights:
+            if place.name == name:
+                return place
+        raise StorageError(f"{self.part} of the block store holds no weight {name}: it belongs to another model")
+
+
+def to_json(manifest: PartManifest) -> bytes:
+    """Return the manifest's file: equal manifests give equal bytes."""
+    body = asdict(manifest)
+    version = body.pop("version")
+    document = {"version": version, "checksum": _checksum(body), "manifest": body}
+    return json.dumps(document, separators=(",", ":")).encode() + b"\n"
+
+
+def from_json(text: bytes, label: str) -> PartManifest:
+    """Parse a manifest's file, which `label` names in messages.
+
+    Raises ConfigurationError for another version, StorageError for anything that `to_json` did not write.
+    """
+    try:
+        document = json.loads(text)
+        require_version(document["version"], label)
+        body = document["manifest"]
+        if document["checksum"] != _checksum(body):
+            raise StorageError(f"{label} is damaged: its checksum is wrong")
+        return _manifest(body, document["version"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StorageError(f"{label} is damaged: {error!r}") from error
+
+
+def require_version(version: int, label: str) -> None:
+    """Raise ConfigurationError unless this program reads `version`: nothing is converted again unasked."""
+    if version != FORMAT_VERSION:
+        raise ConfigurationError(
+            f"{label} was made by another version of Spanwise (its format is {version}, this one reads "
+            f"{FORMAT_VERSION}): convert again with `cluster convert`, or prune it with `cluster store prune`"
+        )
+
+
+def _checksum(body: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, separators=(",", ":")).encode())
+
+
+def _manifest(body: dict[str, Any], version: int) -> PartManifest:
+    body["small"] = _tensors(body["small"])
+    body["weights"] = tuple(_weight(weight) for weight in body["weights"])
+    body["slices"] = tuple(SlicePlace(**place) for place in body["slices"])
+    return PartManifest(**body, version=version)
+
+
+def _weight(fields: dict[str, Any]) -> WeightPlace:
+    num_rows, num_columns = fields.pop("shape")
+    pieces = tuple(PiecePlace(**piece | {"tensors": _tensors(piece["tensors"])}) for piece in fields.pop("pieces"))
+    small = _tensors(fields.pop("small"))
+    return WeightPlace(**fields, shape=(num_rows, num_columns), small=small, pieces=pieces)
+
+
+def _tensors(fields: Mapping[str, dict[str, Any]]) -> dict[str, TensorPlace]:
+    return {name: TensorPlace(**place | {"shape": tuple(place["shape"])}) for name, place in fields.items()}

@@ -1,0 +1,206 @@
+"""One converted checkpoint's folder: which parts are there, who may write them, what the folder says of itself.
+
+    ROOT/KEY/model.json           what was converted, see StoreDescription
+    ROOT/KEY/block-0007.weights   the part's bytes
+    ROOT/KEY/block-0007.json      its manifest, written after them: a part without one is not there
+    ROOT/KEY/block-0007.lock      held by the process that converts the part; always empty
+    ROOT/KEY/*.partial            being written, or left by a process that was killed
+
+A lock is the system's (flock), so it ends with its process however that ends. A file system without such locks is
+refused. Covers names, locks and manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cluster.errors import ConfigurationError, StorageError
+from cluster.model_spec import ModelSource, Precision
+from worker.store.disk import Disk, SystemDisk, write_all
+from worker.store.key import model_name, order_parts, revision, store_key
+from worker.store.manifest import FORMAT_VERSION, PartManifest, from_json
+
+DESCRIPTION = "model.json"
+WEIGHTS, MANIFEST, LOCK, PARTIAL = ".weights", ".json", ".lock", ".partial"
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class StoreDescription:
+    """What a folder of the block store was converted from. `num_blocks` tells which parts there are in all."""
+
+    model: str
+    revision: str
+    precision: str
+    num_blocks: int
+    version: int = FORMAT_VERSION
+
+
+class BlockStore:
+    """The parts of one checkpoint in one precision. The folder need not exist before something is written."""
+
+    def __init__(self, root: Path, key: str, disk: Disk | None = None) -> None:
+        self.root, self.key = root, key
+        self.folder = root / key
+        self.disk: Disk = disk or SystemDisk()
+
+    def path(self, part: str) -> Path:
+        """Return where the bytes of a part are, or will be."""
+        return self.folder / (part + WEIGHTS)
+
+    def manifest_path(self, part: str) -> Path:
+        """Return where the manifest of a part is, or will be."""
+        return self.folder / (part + MANIFEST)
+
+    def has(self, part: str) -> bool:
+        """Tell whether a part was written completely. Its bytes are checked when they are read."""
+        return self.manifest_path(part).exists()
+
+    def parts(self) -> list[str]:
+        """Return the parts that were written, in the order of a pass."""
+        found = {path.stem for path in self.folder.glob("*" + WEIGHTS)}
+        return order_parts({part for part in found if self.has(part)})
+
+    def manifest(self, part: str) -> PartManifest:
+        """Read a manifest. Raises StorageError when it is missing or damaged, ConfigurationError of another version."""
+        path = self.manifest_path(part)
+        try:
+            found = from_json(path.read_bytes(), str(path))
+        except OSError as error:
+            raise StorageError(f"the manifest of {part}, {path}, cannot be read: {error.strerror}") from error
+        if found.part != part:
+            raise StorageError(f"{path} is the manifest of {found.part}, not of {part}: its file was renamed or copied")
+        return found
+
+    def remove(self, part: str) -> None:
+        """Remove a part, its manifest first, so that it counts as missing. The caller holds its lock."""
+        for path in (self.manifest_path(part), self.path(part), *self.leftovers(part)):
+            path.unlink(missing_ok=True)
+
+    def leftovers(self, part: str) -> list[Path]:
+        """Return what an unfinished writing of `part` left, or writes now: whoever holds its lock knows which."""
+        paths = (path.with_name(path.name + PARTIAL) for path in (self.path(part), self.manifest_path(part)))
+        return [path for path in paths if path.exists()]
+
+    @contextmanager
+    def lock(
+        self,
+        part: str,
+        on_wait: Callable[[], None] = lambda: None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> Iterator[None]:
+        """Hold the right to write or remove a part; ask `has` again once it is held.
+
+        While another process holds it `on_wait` is called several times a second, and may raise to give up.
+        """
+        while (file := self.try_lock(part)) is None:
+            on_wait()
+            pause(_POLL_SECONDS)
+        try:
+            yield
+        finally:
+            os.close(file)
+
+    def try_lock(self, part: str) -> int | None:
+        """Return a descriptor that holds the part's lock until it is closed; None while another one does."""
+        path = self.folder / (part + LOCK)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return _lock_file(path)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot lock {path} ({error.strerror}): make the folder writable, or choose another one with "
+                "--store-dir, on a file system that has locks"
+            ) from error
+
+    def describe(self, description: StoreDescription) -> None:
+        """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
+        path = self.folder / DESCRIPTION
+        text = (json.dumps(asdict(description), indent=1) + "\n").encode()
+        with self.lock(path.stem):
+            if not path.exists() or path.read_bytes() != text:
+                replace_file(self.disk, path, text)
+
+    def description(self) -> StoreDescription | None:
+        """Return what `describe` wrote; None when nothing did, or its file is damaged."""
+        return read_description(self.folder)
+
+    def note_use(self) -> None:
+        """Remember that the folder was used now, where it may be written."""
+        try:
+            os.utime(self.folder / DESCRIPTION)
+        except OSError:
+            return
+
+
+def open_store(root: Path, source: ModelSource, precision: Precision) -> BlockStore:
+    """Return the folder of a checkpoint in a precision, used now.
+
+    Raises ConfigurationError when it is only there as another version wrote it: nothing is converted again unasked
+    (`cluster convert` makes a BlockStore of its own).
+    """
+    store = BlockStore(root, store_key(source, precision))
+    if not store.folder.exists():
+        _refuse_other_version(root, source, precision)
+    store.note_use()
+    return store
+
+
+def read_description(folder: Path) -> StoreDescription | None:
+    """Return what a folder was converted from; None when it does not say."""
+    try:
+        return StoreDescription(**json.loads((folder / DESCRIPTION).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def describe_source(source: ModelSource, precision: Precision, num_blocks: int) -> StoreDescription:
+    """Return what the folder of a checkpoint in a precision says."""
+    return StoreDescription(model_name(source), revision(source), precision.value, num_blocks)
+
+
+def replace_file(disk: Disk, path: Path, data: bytes) -> None:
+    """Write a small file so that it is there completely or not at all. Raises OSError."""
+    partial = path.with_name(path.name + PARTIAL)
+    file = disk.create(partial)
+    try:
+        write_all(disk, file, memoryview(data), 0)
+        disk.sync(file)
+    finally:
+        os.close(file)
+    disk.replace(partial, path)
+
+
+def _refuse_other_version(root: Path, source: ModelSource, precision: Precision) -> None:
+    for path in sorted(root.glob("*/" + DESCRIPTION)):
+        found = read_description(path.parent)
+        if found is None or found.version == FORMAT_VERSION:
+            continue
+        if (found.model, found.revision, found.precision) == (model_name(source), revision(source), precision.value):
+            raise ConfigurationError(
+                f"{path.parent} holds {found.model} in {found.precision} as another version of Spanwise wrote it (its "
+                f"format is {found.version}, this one reads {FORMAT_VERSION}): convert again with `cluster convert`, "
+                "or prune it with `cluster store prune`"
+            )
+
+
+def _lock_file(path: Path) -> int | None:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(file)
+        raise
+    os.close(file)  # held by another, or removed by it meanwhile
+    return None
