@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cluster.cli import chat, demo, doctor, generate, logs, models, serve, status, stop
+from cluster.cli import chat, demo, doctor, generate, logs, models, serve, status, stop, store
 from cluster.errors import SpanwiseError
 from cluster.version import VERSION
 
@@ -49,6 +49,7 @@ for command in (
     *(models.models, demo.demo, doctor.doctor),
 ):
     app.command()(command)
+app.add_typer(store.app, name="store")
 
 
 def _print_version(is_asked: bool) -> None:

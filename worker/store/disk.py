@@ -1,10 +1,20 @@
-"""Writing to a disk so that a crash leaves either all of a file or nothing. Covers system calls and their seam."""
+"""Writing to a disk so that a crash leaves either all of a file or nothing. Covers system calls, their seam, and what
+is said when they fail.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+from cluster.errors import ConfigurationError
+
+PARTIAL = ".part"  # what names of files end with before they are whole
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Disk(Protocol):
@@ -58,6 +68,38 @@ def write_all(disk: Disk, file: int, data: memoryview, offset: int) -> None:
     while data:
         written = disk.write(file, data, offset)
         offset, data = offset + written, data[written:]
+
+
+def partial(path: Path) -> Path:
+    """Return what a file is called before it is whole."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def write_partial(disk: Disk, path: Path, data: bytes) -> None:
+    """Write a small file under its partial name, durably. Raises OSError."""
+    file = disk.create(partial(path))
+    try:
+        write_all(disk, file, memoryview(data), 0)
+        disk.sync(file)
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def disk_errors(what: str, folder: Path) -> Iterator[None]:
+    """Turn OSError into ConfigurationError. `what` says what was to be written, like "block-0007 (2.30 GiB)"."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ConfigurationError(
+                f"the disk is full: {what} does not fit in {folder}, and nothing of it was kept: make room (`cluster "
+                "store prune` removes other models), or choose a folder on a larger disk with --store-dir"
+            ) from error
+        raise ConfigurationError(
+            f"{what} cannot be written in {folder} ({error.strerror}): make the folder writable, or choose another "
+            "one with --store-dir"
+        ) from error
 
 
 def forget_pages(file: int, offset: int = 0, num_bytes: int = 0) -> None:

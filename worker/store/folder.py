@@ -4,7 +4,7 @@
     ROOT/KEY/block-0007.weights   the part's bytes
     ROOT/KEY/block-0007.json      its manifest, written after them: a part without one is not there
     ROOT/KEY/block-0007.lock      held by the process that converts the part; always empty
-    ROOT/KEY/*.partial            being written, or left by a process that was killed
+    ROOT/KEY/*.part               being written, or left by a process that was killed
 
 A lock is the system's (flock), so it ends with its process however that ends. A file system without such locks is
 refused. Covers names, locks and manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
@@ -23,12 +23,12 @@ from pathlib import Path
 
 from cluster.errors import ConfigurationError, StorageError
 from cluster.model_spec import ModelSource, Precision
-from worker.store.disk import Disk, SystemDisk, write_all
+from worker.store.disk import PARTIAL, Disk, SystemDisk, disk_errors, partial, write_partial
 from worker.store.key import model_name, order_parts, revision, store_key
 from worker.store.manifest import FORMAT_VERSION, PartManifest, from_json
 
 DESCRIPTION = "model.json"
-WEIGHTS, MANIFEST, LOCK, PARTIAL = ".weights", ".json", ".lock", ".partial"
+WEIGHTS, MANIFEST, LOCK = ".weights", ".json", ".lock"
 _POLL_SECONDS = 0.2
 
 
@@ -65,8 +65,8 @@ class BlockStore:
 
     def parts(self) -> list[str]:
         """Return the parts that were written, in the order of a pass."""
-        found = {path.stem for path in self.folder.glob("*" + WEIGHTS)}
-        return order_parts({part for part in found if self.has(part)})
+        manifests = (path for path in self.folder.glob("*" + MANIFEST) if path.name != DESCRIPTION)
+        return order_parts({path.stem for path in manifests})
 
     def manifest(self, part: str) -> PartManifest:
         """Read a manifest. Raises StorageError when it is missing or damaged, ConfigurationError of another version."""
@@ -81,13 +81,19 @@ class BlockStore:
 
     def remove(self, part: str) -> None:
         """Remove a part, its manifest first, so that it counts as missing. The caller holds its lock."""
-        for path in (self.manifest_path(part), self.path(part), *self.leftovers(part)):
-            path.unlink(missing_ok=True)
+        with disk_errors(part, self.folder):
+            self.manifest_path(part).unlink(missing_ok=True)
+            self.remove_leftovers(part)
 
     def leftovers(self, part: str) -> list[Path]:
-        """Return what an unfinished writing of `part` left, or writes now: whoever holds its lock knows which."""
-        paths = (path.with_name(path.name + PARTIAL) for path in (self.path(part), self.manifest_path(part)))
-        return [path for path in paths if path.exists()]
+        """Return the files of an unfinished writing of `part`. They are dead if the caller holds the part's lock."""
+        orphans = [] if self.has(part) else [self.path(part)]
+        return [path for path in (*self.folder.glob(f"{part}.*{PARTIAL}"), *orphans) if path.exists()]
+
+    def remove_leftovers(self, part: str) -> None:
+        """Remove them. The caller holds the part's lock. Raises OSError."""
+        for path in self.leftovers(part):
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def lock(
@@ -124,9 +130,14 @@ class BlockStore:
         """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
         path = self.folder / DESCRIPTION
         text = (json.dumps(asdict(description), indent=1) + "\n").encode()
-        with self.lock(path.stem):
-            if not path.exists() or path.read_bytes() != text:
-                replace_file(self.disk, path, text)
+        with self.lock(path.stem), disk_errors(DESCRIPTION, self.folder):
+            if path.exists() and path.read_bytes() == text:
+                return
+            try:
+                write_partial(self.disk, path, text)
+                self.disk.replace(partial(path), path)
+            finally:
+                self.remove_leftovers(path.stem)
 
     def description(self) -> StoreDescription | None:
         """Return what `describe` wrote; None when nothing did, or its file is damaged."""
@@ -164,18 +175,6 @@ def read_description(folder: Path) -> StoreDescription | None:
 def describe_source(source: ModelSource, precision: Precision, num_blocks: int) -> StoreDescription:
     """Return what the folder of a checkpoint in a precision says."""
     return StoreDescription(model_name(source), revision(source), precision.value, num_blocks)
-
-
-def replace_file(disk: Disk, path: Path, data: bytes) -> None:
-    """Write a small file so that it is there completely or not at all. Raises OSError."""
-    partial = path.with_name(path.name + PARTIAL)
-    file = disk.create(partial)
-    try:
-        write_all(disk, file, memoryview(data), 0)
-        disk.sync(file)
-    finally:
-        os.close(file)
-    disk.replace(partial, path)
 
 
 def _refuse_other_version(root: Path, source: ModelSource, precision: Precision) -> None:

@@ -1,30 +1,27 @@
-"""Writes a part: bytes to a temporary file, synced, renamed, then the manifest likewise. Until the last rename the part
-is not there, or is the older one whole.
+"""Writes a part: bytes and manifest to temporary files, synced, then renamed, the manifest last. Until then the part is
+not there, or is the older one.
 
-Covers one part whose lock the caller holds; which weights it has is the converter's business. Peak memory is one
+Covers one part whose lock the caller holds; which weights it has is the converter's business. Memory peaks at one
 weight. A full disk, or any other failure of it, leaves nothing behind.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from cluster.errors import ConfigurationError, InvariantError
-from worker.store.disk import write_all
-from worker.store.folder import PARTIAL, BlockStore, replace_file
+from cluster.errors import InvariantError
+from worker.store.disk import disk_errors, partial, write_all, write_partial
+from worker.store.folder import BlockStore
 from worker.store.manifest import PartManifest, PiecePlace, TensorPlace, WeightPlace, to_json
 from worker.store.tensors import bytes_of, checksum, spec_of
 from worker.stored_weight import MemoryWeight
 
-_SYNC_BYTES = 256 << 20  # written at most before the disk must have them: unwritten pages count as a cgroup's memory
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SYNC_BYTES = 256 << 20  # pages that are not on the disk yet count as a cgroup's memory, and cannot be taken from it
 
 
 def write_part(
@@ -39,44 +36,34 @@ def write_part(
     `weights` come in the plan's order, each in one piece or several; a generator need not hold two at once. `on_bytes`
     is told how many bytes each write added. Raises ConfigurationError when the disk is full or fails.
     """
-    with part_file(store, plan) as file:
-        writer = _Writer(store, file, on_bytes)
-        placed = tuple(writer.write_weight(place, weight) for place, weight in zip(plan.weights, weights, strict=True))
-        small_places = {name: writer.write(place, small[name]) for name, place in plan.small.items()}
-        manifest = replace(plan, small=small_places, weights=placed)
-        writer.pad(plan.file_bytes)
-        commit_part(store, file, manifest)
+    try:
+        with disk_errors(f"{plan.part} ({plan.file_bytes:,} bytes)", store.folder):
+            manifest = _write_bytes(store, plan, small, weights, on_bytes)
+            write_partial(store.disk, store.manifest_path(plan.part), to_json(manifest))
+            for path in (store.path(plan.part), store.manifest_path(plan.part)):
+                store.disk.replace(partial(path), path)
+    finally:
+        store.remove_leftovers(plan.part)
     return manifest
 
 
-@contextmanager
-def part_file(store: BlockStore, plan: PartManifest) -> Iterator[int]:
-    """Open a part's temporary file for writing; `commit_part` makes it the part, anything else removes it."""
-    partial = store.path(plan.part).with_name(store.path(plan.part).name + PARTIAL)
+def _write_bytes(
+    store: BlockStore,
+    plan: PartManifest,
+    small: Mapping[str, Tensor],
+    weights: Iterable[MemoryWeight],
+    on_bytes: Callable[[int], None],
+) -> PartManifest:
+    file = store.disk.create(partial(store.path(plan.part)))
     try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        file = store.disk.create(partial)
-        try:
-            yield file
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise _failure(store, plan, error) from error
+        writer = _Writer(store, file, on_bytes)
+        placed = tuple(writer.write_weight(place, weight) for place, weight in zip(plan.weights, weights, strict=True))
+        placed_small = {name: writer.write(place, small[name]) for name, place in plan.small.items()}
+        os.ftruncate(file, plan.file_bytes)  # the last slice is padded
+        store.disk.sync(file)
     finally:
-        for leftover in store.leftovers(plan.part):
-            leftover.unlink()
-
-
-def commit_part(store: BlockStore, file: int, manifest: PartManifest) -> None:
-    """Make the file of `part_file` the part that `manifest` describes. Raises OSError.
-
-    An older part is gone from the moment that its bytes are replaced, and the new one is there with its manifest.
-    """
-    store.disk.sync(file)
-    target = store.path(manifest.part)
-    store.manifest_path(manifest.part).unlink(missing_ok=True)
-    store.disk.replace(target.with_name(target.name + PARTIAL), target)
-    replace_file(store.disk, store.manifest_path(manifest.part), to_json(manifest))
+        os.close(file)
+    return replace(plan, small=placed_small, weights=placed)
 
 
 class _Writer:
@@ -91,7 +78,7 @@ class _Writer:
             raise InvariantError(f"{weight.name} was to be written where the plan has {place.name}")
         shares = {role: _split(tensor, role, place) for role, tensor in join_pieces(weight).items()}
         pieces = tuple(
-            self._write_piece(piece, {role: split[index] for role, split in shares.items()})
+            self._write_piece(piece, {role: share[index] for role, share in shares.items()})
             for index, piece in enumerate(place.pieces)
         )
         small = {role: self.write(found, weight.small[role]) for role, found in place.small.items()}
@@ -101,14 +88,10 @@ class _Writer:
         spec = spec_of(tensor)
         if (spec.dtype, spec.shape) != (place.dtype, place.shape):
             raise InvariantError(f"a tensor {spec} was to be written where the plan has {place}")
-        data = bytes_of(tensor)
+        data = bytes_of(tensor.contiguous())
         write_all(self._disk, self._file, data, place.offset)
         self._count(len(data))
         return replace(place, checksum=checksum(data))
-
-    def pad(self, file_bytes: int) -> None:
-        """Give the file its length: the last slice is padded."""
-        os.truncate(self._file, file_bytes)
 
     def _write_piece(self, piece: PiecePlace, tensors: Mapping[str, Tensor]) -> PiecePlace:
         return replace(piece, tensors={role: self.write(piece.tensors[role], found) for role, found in tensors.items()})
@@ -125,23 +108,9 @@ def join_pieces(weight: MemoryWeight) -> dict[str, Tensor]:
     """Return a weight's large tensors by role, each of all rows; copies only a weight of several pieces."""
     if len(weight.held) == 1:
         return dict(weight.held[0].tensors)
-    roles = weight.held[0].tensors
-    return {role: torch.cat([piece.tensors[role] for piece in weight.held]) for role in roles}
+    return {role: torch.cat([piece.tensors[role] for piece in weight.held]) for role in weight.held[0].tensors}
 
 
 def _split(whole: Tensor, role: str, place: WeightPlace) -> tuple[Tensor, ...]:
     """Return the pieces' shares of a tensor of all rows."""
     return torch.split(whole, [piece.tensors[role].shape[0] for piece in place.pieces])
-
-
-def _failure(store: BlockStore, plan: PartManifest, error: OSError) -> ConfigurationError:
-    needed = f"{plan.part} takes {plan.file_bytes / 2**30:.2f} GiB in {store.folder}"
-    if error.errno in _FULL:
-        return ConfigurationError(
-            f"the disk is full: {needed}, and nothing of it was kept: make room (`cluster store prune` removes what "
-            "other models took), or choose a larger disk with --store-dir"
-        )
-    return ConfigurationError(
-        f"{needed}, which cannot be written ({error.strerror}): make the folder writable, or choose another one with "
-        "--store-dir"
-    )

@@ -1,0 +1,184 @@
+"""All converted checkpoints of a block store: what is there, how large, and removing it.
+
+Removes nothing that another process converts or reads: whatever is locked stays, and is told. Covers folders of
+`worker.store.folder`; anything else below the store's root is left alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.errors import NotFoundError
+from worker.store.disk import PARTIAL, disk_errors
+from worker.store.folder import DESCRIPTION, LOCK, MANIFEST, WEIGHTS, BlockStore, StoreDescription
+from worker.store.key import all_parts
+from worker.store.manifest import FORMAT_VERSION
+from worker.store.room import used_bytes
+
+_SUFFIXES = (WEIGHTS, MANIFEST, LOCK, PARTIAL)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreEntry:
+    """One folder of the block store."""
+
+    store: BlockStore
+    description: StoreDescription | None  # None: the folder does not say
+    parts: tuple[str, ...]  # that are there
+    num_bytes: int  # on the disk, leftovers included
+    leftover_bytes: int  # of conversions that were killed, or are under way
+    last_used: float  # seconds since 1970
+
+    @property
+    def key(self) -> str:
+        return self.store.key
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The parts that another use of the whole model would convert."""
+        expected = all_parts(self.description.num_blocks) if self.description else []
+        return tuple(part for part in expected if part not in self.parts)
+
+    @property
+    def is_other_version(self) -> bool:
+        """Whether another version of Spanwise wrote it, so that this one cannot use it."""
+        return self.description is not None and self.description.version != FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What was removed of a folder, and which parts stayed since they are in use."""
+
+    num_bytes: int
+    in_use: tuple[str, ...]
+
+
+def list_entries(root: Path) -> list[StoreEntry]:
+    """Return the folders of a store, the one used last first."""
+    folders = [path for path in root.glob("*") if path.is_dir() and _is_ours(path)]
+    return sorted((_entry(BlockStore(root, path.name)) for path in folders), key=lambda entry: -entry.last_used)
+
+
+def find_entries(root: Path, name: str) -> list[StoreEntry]:
+    """Return the folders that a key, the beginning of one, or a model's name means. Raises NotFoundError."""
+    entries = list_entries(root)
+    exact = [entry for entry in entries if entry.key == name]
+    named = [entry for entry in entries if entry.description is not None and entry.description.model == name]
+    found = exact or named or [entry for entry in entries if entry.key.startswith(name)]
+    if not found:
+        raise NotFoundError(f"nothing in the block store in {root} is called {name}: `cluster store list` shows it")
+    return found
+
+
+def prune(entry: StoreEntry) -> Pruned:
+    """Remove a folder, but for parts that are in use. Raises ConfigurationError."""
+    store = entry.store
+    before = used_bytes(store.folder)
+    with disk_errors(entry.key, store.root):
+        in_use = [part for part in _stems(store) if not _remove_part(store, part)]
+        if not in_use:
+            _remove_folder(store.folder)
+    return Pruned(before - used_bytes(store.folder), tuple(in_use))
+
+
+def prune_leftovers(entry: StoreEntry) -> Pruned:
+    """Remove what killed conversions left in a folder. Raises ConfigurationError."""
+    store = entry.store
+    before = used_bytes(store.folder)
+    with disk_errors(entry.key, store.root):
+        unfinished = [part for part in _stems(store) if store.leftovers(part)]
+        in_use = [part for part in unfinished if not _remove_leftovers(store, part)]
+    return Pruned(before - used_bytes(store.folder), tuple(in_use))
+
+
+def remove_damaged(store: BlockStore, parts: Sequence[str]) -> list[str]:
+    """Remove parts, so that the next use makes them anew; return those that another process is converting just now."""
+    busy = []
+    for part in parts:
+        lock = store.try_lock(part)
+        if lock is None:
+            busy.append(part)
+            continue
+        try:
+            store.remove(part)
+        finally:
+            os.close(lock)
+    return busy
+
+
+def _entry(store: BlockStore) -> StoreEntry:
+    leftovers = [path for part in _stems(store) for path in store.leftovers(part)]
+    return StoreEntry(
+        store,
+        store.description(),
+        tuple(store.parts()),
+        used_bytes(store.folder),
+        sum(path.stat().st_size for path in leftovers if path.exists()),
+        _last_used(store.folder),
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / DESCRIPTION).exists() or any(path.suffix in _SUFFIXES for path in folder.iterdir())
+
+
+def _last_used(folder: Path) -> float:
+    described = folder / DESCRIPTION
+    return (described if described.exists() else folder).stat().st_mtime
+
+
+def _stems(store: BlockStore) -> list[str]:
+    """Return the names of parts, and of the description, of which any file is there."""
+    names = {path.name for path in store.folder.iterdir() if path.suffix in _SUFFIXES}
+    return sorted({name.partition(".")[0] for name in names})
+
+
+def _remove_part(store: BlockStore, part: str) -> bool:
+    lock = store.try_lock(part)
+    if lock is None:
+        return False
+    try:
+        if _is_read(store.path(part)):
+            return False
+        store.remove(part)
+        (store.folder / (part + LOCK)).unlink()  # still held: whoever waits for it finds a new one
+    finally:
+        os.close(lock)
+    return True
+
+
+def _remove_leftovers(store: BlockStore, part: str) -> bool:
+    lock = store.try_lock(part)
+    if lock is None:
+        return False
+    try:
+        store.remove_leftovers(part)
+    finally:
+        os.close(lock)
+    return True
+
+
+def _is_read(path: Path) -> bool:
+    """Tell whether a process holds a part's file open for its model."""
+    if not path.exists():
+        return False
+    file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove an empty folder; one with other files, or in which a conversion has just begun, stays."""
+    try:
+        folder.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,55 @@
+"""Is there room in the block store? Asked before anything is converted. Covers the quota and the disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.errors import ConfigurationError
+from worker.free_space import FreeBytes
+
+_GIB = 1 << 30
+
+
+def require_room(
+    root: Path, needed_bytes: int, *, quota_bytes: int = 0, reserve_bytes: int = 0, measure: FreeBytes
+) -> None:
+    """Raise ConfigurationError unless `needed_bytes` more fit in the block store below `root`, which need not exist.
+
+    `quota_bytes` is the most that the store may take, 0 for no such limit; `reserve_bytes` of the disk stay free.
+    """
+    taken = used_bytes(root) if quota_bytes else 0
+    if quota_bytes and taken + needed_bytes > quota_bytes:
+        raise ConfigurationError(
+            f"the block store in {root} may take {_text(quota_bytes)} and has taken {_text(taken)}: the "
+            f"{_text(needed_bytes)} to be converted do not fit; remove other models with `cluster store prune`, or "
+            "raise the quota"
+        )
+    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    available = measure(existing)
+    if needed_bytes + reserve_bytes > available:
+        reserve = f", of which {_text(reserve_bytes)} are to stay free" if reserve_bytes else ""
+        raise ConfigurationError(
+            f"the {_text(needed_bytes)} to be converted do not fit the block store in {root}, whose disk has "
+            f"{_text(available)} free{reserve}: make room (`cluster store prune` removes other models), or choose a "
+            "folder on a larger disk with --store-dir"
+        )
+
+
+def used_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder, which need not exist; files that vanish meanwhile count as none."""
+    return sum(_sizes(folder))
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file():
+                yield os.lstat(path).st_size
+        except OSError:
+            continue
+
+
+def _text(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
