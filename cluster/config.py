@@ -1,20 +1,21 @@
 """Settings of `cluster serve`: one immutable value, validated once at the edge.
 
 Precedence: command-line flag, environment variable `SPANWISE_<FIELD>`, file (`--config`, TOML), default.
-Covers the value, its checks, and how sizes and ports are written; `cluster.cli.settings` reads flags, environment and
-file.
+Covers the value, its checks, and how sizes, nodes and ports are written; `cluster.cli.settings` reads flags,
+environment and file.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cluster.errors import ConfigurationError
 
 DEFAULT_PORT = 7050
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "nf4")
 DTYPES = ("auto", "fp32", "bf16", "fp16")
 
 
@@ -34,7 +35,11 @@ class ServeConfig:
     model: str = field(metadata={"about": "alias (see `cluster models`), hub id or folder", "unit": ""})
     revision: str = _setting("main", "branch, tag or commit of a hub repository")
     workers: int = _setting(1, "worker processes; each serves one stage")
-    precision: str = _setting("auto", "storage of weights: fp32, bf16 or fp16; auto: as the checkpoint")
+    precision: str = _setting("auto", "storage of weights: fp32, bf16, fp16, int8 or nf4; auto: as the checkpoint")
+    compute_dtype: str = _setting("auto", "to compute in: fp32, bf16 or fp16; auto: what the device does best")
+    outlier_threshold: float = _setting(
+        6.0, "of int8: inputs of at least this magnitude are multiplied with fp32 accuracy"
+    )
     kv_dtype: str = _setting("auto", "of keys and values: fp32, bf16 or fp16; auto: the compute dtype")
     wire_dtype: str = _setting("auto", "between stages; auto: fp32 where a stage computes in fp32, else bf16")
     max_context: int = _setting(0, "tokens of prompt and answer; 0: what the model allows, at most 4096")
@@ -47,10 +52,20 @@ class ServeConfig:
     stage_ports: str = _setting("", 'ports that stages listen on, like "7100-7110"; empty: any free ones')
     threads: int = _setting(0, "compute threads per worker; 0: the node's cores shared by its workers")
     gpus: float = _setting(0.0, "GPUs per worker, as Ray counts them")
-    memory: int = _setting(0, "per worker; 0: a share of what the node has free, with a margin", unit="bytes")
+    memory: str = _setting(
+        "",
+        'per worker process, like "12GiB", or by node, like "12GiB,bignode=48GiB"; empty: a share of what is free',
+        unit="bytes by node",
+    )
+    gpu_memory: str = _setting("", "of a GPU, per worker, likewise", unit="bytes by node")
     kv_memory: int = _setting(
         0, "for keys and values per stage; 0: what the budget leaves and can be used", unit="bytes"
     )
+    store_dir: str = _setting("", "folder of the block store; empty: in the cache directory")
+    download_dir: str = _setting("", "folder of downloaded checkpoints; empty: the hub's cache")
+    discard_source: bool = _setting(False, "delete each downloaded file once it is converted")
+    store_quota: int = _setting(0, "that the block store may take per node; 0: no limit", unit="bytes")
+    disk_reserve: int = _setting(1 << 30, "of a disk that downloads and conversions leave free", unit="bytes")
     exact: bool = _setting(False, "fixed reduction order everywhere: the same tokens whatever else is served")
     max_running: int = _setting(256, "sequences generated at once")
     max_waiting: int = _setting(1024, "requests queued beyond that; more are refused")
@@ -75,11 +90,12 @@ class ServeConfig:
             "inter_token_target",
             "step_timeout",
             "load_timeout",
+            "outlier_threshold",
         )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("max_context", "threads", "gpus", "memory", "kv_memory"):
+        for name in ("max_context", "threads", "gpus", "kv_memory", "store_quota", "disk_reserve"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:
@@ -87,11 +103,14 @@ class ServeConfig:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigurationError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        for name in ("memory", "gpu_memory"):
+            parse_node_sizes(name, getattr(self, name))
         parse_port_range(self.stage_ports)
 
 
 _CHOICES = {
     "precision": PRECISIONS,
+    "compute_dtype": DTYPES,
     "kv_dtype": DTYPES,
     "wire_dtype": DTYPES,
     "internal_tls": ("auto", "on", "off"),
@@ -120,3 +139,31 @@ def parse_size(name: str, text: str | int) -> int:
     if match is None or match[2] not in _UNITS:
         raise ConfigurationError(f"{name} must be a size like 12GiB, 500MB or a number of bytes, not {text!r}")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSizes:
+    """A size for every node, with others for some of them. 0: not set."""
+
+    default: int
+    by_node: Mapping[str, int]
+
+    def on(self, *names: str) -> int:
+        """Return the size for the node that has these names."""
+        return next((self.by_node[name] for name in names if name in self.by_node), self.default)
+
+
+def parse_node_sizes(name: str, text: str) -> NodeSizes:
+    """Return the sizes of "12GiB", "12GiB,bignode=48GiB" or ""; ConfigurationError names the setting otherwise."""
+    default, by_node = 0, {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        node, equals, size = part.rpartition("=")
+        if equals and node.strip():
+            by_node[node.strip()] = parse_size(name, size)
+        elif equals or default:
+            raise ConfigurationError(
+                f"{name} must be a size, and others by node, like 12GiB,bignode=48GiB, not {text!r}"
+            )
+        else:
+            default = parse_size(name, part)
+    return NodeSizes(default, by_node)

@@ -9,6 +9,9 @@ from typing import Any, Literal
 from cluster.model_spec import CheckpointFile, ModelSource, Precision
 from cluster.span import Span
 
+SLICE_BYTES = 64 << 20
+"""The most that is read from the block store at once: a slot of the ring holds it, and so does a transient copy."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:

@@ -24,7 +24,7 @@ from typing import Any, Self, TypeVar, Unpack
 
 from cluster.client import BlockingGeneration, ChatMessage, Client, ClusterStatus, Completion, GenerateOptions, Prompt
 from cluster.clock import SystemClock
-from cluster.config import ServeConfig, parse_size
+from cluster.config import ServeConfig, parse_node_sizes
 from cluster.errors import StageUnavailableError
 from cluster.hub.resolve import find_token, resolve
 from cluster.placement import WorkerId
@@ -58,18 +58,18 @@ class LocalModel:
         model: str,
         *,
         precision: str = "auto",
-        memory: str | int = 0,
+        memory: str | int = "",
         on_status: StatusListener | None = None,
         **settings: Any,
     ) -> Self:
         """Load an alias, a hub id or a folder, converting it first where the precision asks for that.
 
-        `memory` bounds the whole process ("12GiB" or bytes; 0: what the machine has free, with a margin); weights
+        `memory` bounds the whole process ("12GiB" or bytes; empty: what the machine has free, with a margin); weights
         that do not fit are read from disk on every pass. `settings` are those of ServeConfig that concern one
         machine: `revision`, `threads`, `gpus`, `max_context`, `kv_dtype`, `store_dir`, ….
         `on_status` hears of the load's progress several times a second. Raises SpanwiseError.
         """
-        config = ServeConfig(model=model, precision=precision, memory=parse_size("memory", memory), port=0, **settings)
+        config = ServeConfig(model=model, precision=precision, memory=str(memory), port=0, **settings)
         config.validate()
         runtime = _Runtime()
         try:
@@ -233,7 +233,8 @@ def _worker_order(config: ServeConfig) -> WorkerOrder:
         num_neighbours=1,
         num_threads=config.threads,
         num_gpus=config.gpus,
-        memory_bytes=config.memory,
+        memory_bytes=parse_node_sizes("memory", config.memory).default,
+        gpu_memory_bytes=parse_node_sizes("gpu_memory", config.gpu_memory).default,
         log_dir="",
         is_log_json=False,
     )

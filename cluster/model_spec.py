@@ -140,3 +140,5 @@ class ModelSizes:
     kv_elements_per_token: tuple[int, ...]  # per block: keys and values of one token
     hidden_size: int
     num_output_elements: int  # per token: the outputs of all linear layers that one block computes, at most
+    num_heads: int = 0  # of queries
+    rotary_elements_per_token: int = 0  # of the table of angles that a stage holds for every position

@@ -37,6 +37,27 @@ class WorkerInfo:
     isa: str  # e.g. "AVX512" or "sm_90": part of the numerics fingerprint
     process_id: int
     versions: tuple[tuple[str, str], ...]  # package → version
+    process_bytes: int = 0  # taken before anything is loaded, and no longer among the free ones
+    free_host_bytes: int = 0  # of a worker with a GPU: what it may use of the machine's own memory
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a stage divides the memory that its worker may use. Weights and keys and values share `shared_bytes`."""
+
+    budget_bytes: int
+    weight_bytes: int  # resident when it is loaded
+    streamed_bytes: int  # read from disk at every pass; of experts: those that are read on demand
+    num_streamed: int  # parts that are streamed, see `cluster.span.streaming_order`
+    kv_bytes: int  # of all pages
+    shared_bytes: int
+    ring_bytes: int
+    buffer_bytes: int  # what computing or loading takes for a moment
+    expert_cache_bytes: int  # 0: no experts, or all of them are resident
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.streamed_bytes > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +68,7 @@ class StagePlan:
     worker: WorkerInfo
     span: Span
     precision: Precision
-    weight_bytes: int
-    kv_bytes: int
+    memory: MemoryPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +80,13 @@ class Placement:
     num_pages: int
     page_size: int  # token slots per page
     max_context: int
+    max_step_tokens: int  # what the stages' buffers are planned for
+    advice: str = ""  # what would be better, in a sentence
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether any stage reads weights from disk at every pass."""
+        return any(plan.memory.is_streamed for plan in self.stages)
 
     @property
     def last_stage(self) -> int:

@@ -24,7 +24,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from cluster.config import ServeConfig, parse_port_range
+from cluster.config import ServeConfig, parse_node_sizes, parse_port_range
 from cluster.errors import (
     ConfigurationError,
     IncompatibleVersionError,
@@ -309,6 +309,16 @@ def check_same_version(nodes: Sequence[NodeFacts]) -> None:
         )
 
 
+def check_named_nodes(config: ServeConfig, nodes: Sequence[NodeFacts]) -> None:
+    """Raise ConfigurationError when a size is given for a node on which no worker runs."""
+    known = {name for node in nodes for name in (node.node_name, node.address)}
+    for setting in ("memory", "gpu_memory"):
+        for name in parse_node_sizes(setting, getattr(config, setting)).by_node:
+            if name not in known:
+                listed = ", ".join(sorted({f"{node.node_name} ({node.address})" for node in nodes}))
+                raise ConfigurationError(f"--{setting.replace('_', '-')} names {name}, but workers run on {listed}")
+
+
 # --- Deployment ------------------------------------------------------------------------------------------------------
 
 
@@ -349,6 +359,7 @@ class _Assembly:
             [coordinator.locate.remote(config.interface), *(a.locate.remote(config.interface) for a in actors)]
         )
         check_same_version([self._here, *nodes])
+        check_named_nodes(config, nodes)
         members = sorted(zip(actors, nodes, strict=True), key=lambda member: str(member[1].node_id))
         self._members = [_Member(WorkerId(f"w{index}"), actor, node) for index, (actor, node) in enumerate(members)]
         self._is_local = not config.interface and all(node.node_id == self._here.node_id for node in nodes)
@@ -378,6 +389,7 @@ class _Assembly:
 
     def _worker_order(self, member: _Member) -> WorkerOrder:
         config, address = self._config, self._address(member.node)
+        names = (member.node.node_name, member.node.address)
         certificate = b""
         if self._authority is not None:
             (request,) = self._get([member.actor.request_signature.remote(address, member.node.node_name)])
@@ -389,7 +401,8 @@ class _Assembly:
             num_neighbours=sum(other.node.node_id == member.node.node_id for other in self._members),
             num_threads=config.threads,
             num_gpus=config.gpus,
-            memory_bytes=config.memory,
+            memory_bytes=parse_node_sizes("memory", config.memory).on(*names),
+            gpu_memory_bytes=parse_node_sizes("gpu_memory", config.gpu_memory).on(*names),
             log_dir=config.log_dir,
             is_log_json=config.log_json,
             certificate=certificate,

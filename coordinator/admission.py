@@ -28,6 +28,7 @@ class Limits:
     max_step_tokens: int
     inter_token_target: float  # seconds
     step_timeout: float  # seconds
+    is_streamed: bool = False  # some stage reads weights from disk at every step
 
 
 def pages_per_sequence(request: TokenizedRequest, limits: Limits) -> int:

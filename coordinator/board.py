@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from cluster.clock import Clock
 from cluster.microbatch import StageTiming
 from cluster.model_spec import ModelSpec, Precision
-from cluster.placement import Placement, StagePlan, WorkerId, WorkerInfo
+from cluster.placement import MemoryPlan, Placement, StagePlan, WorkerId, WorkerInfo
 from cluster.rpc.v1 import generation_pb2 as generation
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.span import Span
@@ -37,6 +37,9 @@ class StageRecord:
     is_exact: bool = False
     weight_bytes: int = 0
     kv_bytes: int = 0
+    streamed_bytes: int = 0
+    disk_bytes_per_second: float = 0.0
+    memory: MemoryPlan | None = None
     progress_bytes: int = 0
     progress_total_bytes: int = 0
     message: str = ""
@@ -161,6 +164,8 @@ class StatusBoard:
             stages=self._describe_stages(now),
             page_size=self.placement.page_size if self.placement else 0,
             num_pages=self.placement.num_pages if self.placement else 0,
+            max_step_tokens=self.placement.max_step_tokens if self.placement else 0,
+            advice=self.placement.advice if self.placement else "",
             uptime_seconds=now - self._started,
             prompt_tokens_per_second=self._prompt_tokens.per_second(now),
             output_tokens_per_second=self._output_tokens.per_second(now),
@@ -179,14 +184,16 @@ def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
         plan.worker,
         span=plan.span,
         precision=plan.precision,
-        weight_bytes=plan.weight_bytes,
-        kv_bytes=plan.kv_bytes,
+        weight_bytes=plan.memory.weight_bytes,
+        kv_bytes=plan.memory.kv_bytes,
+        streamed_bytes=plan.memory.streamed_bytes,
+        memory=plan.memory,
         is_exact=is_exact,
     )
 
 
 def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> service.StageStatus:
-    worker = record.worker
+    worker, plan = record.worker, record.memory
     return service.StageStatus(
         stage=record.stage,
         state=record.state,
@@ -209,4 +216,14 @@ def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> ser
         bubble_seconds=totals.bubble_ns / 1e9,
         received_bytes=totals.received_bytes,
         hop_seconds=totals.hop_seconds,
+        resident_bytes=totals.resident_bytes or record.weight_bytes,
+        streamed_bytes=record.streamed_bytes,
+        read_bytes=totals.read_bytes,
+        stall_seconds=totals.stall_ns / 1e9,
+        disk_bytes_per_second=record.disk_bytes_per_second,
+        num_streamed=plan.num_streamed if plan else 0,
+        ring_bytes=plan.ring_bytes if plan else 0,
+        buffer_bytes=plan.buffer_bytes if plan else 0,
+        expert_cache_bytes=plan.expert_cache_bytes if plan else 0,
+        process_bytes=worker.process_bytes,
     )

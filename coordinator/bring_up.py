@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, IncompatibleVersionError, SpanwiseError
-from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
+from cluster.load_order import LoadedReport, LoadOrder, LoadProgress, StoreOptions
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSpec, Precision
 from cluster.placement import Placement, StagePlan, WorkerInfo
@@ -31,6 +31,8 @@ DEFAULT_MAX_CONTEXT = 4096
 
 _STATES = {
     "downloading": service.STAGE_STATE_DOWNLOADING,
+    "converting": service.STAGE_STATE_CONVERTING,
+    "verifying": service.STAGE_STATE_VERIFYING,
     "loading": service.STAGE_STATE_LOADING,
 }
 
@@ -78,11 +80,24 @@ def placement_options(job: BringUp) -> PlacementOptions:
         kv_memory_bytes=config.kv_memory,
         generation=job.generation,
         max_step_tokens=config.max_step_tokens,
+        compute_dtype=config.compute_dtype,
+        is_precision_fixed=spec.stored_precision is not None,
     )
 
 
 def storage_precision(setting: str, spec: ModelSpec) -> Precision:
-    """Return the precision of a setting; "auto" is what the checkpoint says its weights are stored in."""
+    """Return the precision of a setting; "auto" is what the checkpoint says its weights are stored in.
+
+    Raises ConfigurationError for another one than a quantized checkpoint comes in.
+    """
+    stored = spec.stored_precision
+    if stored is not None and setting not in ("auto", stored.value):
+        raise ConfigurationError(
+            f"{spec.name} comes in {stored.value} and cannot be served in {setting}: leave --precision out, or serve "
+            "the original checkpoint"
+        )
+    if stored is not None:
+        return stored
     if setting != "auto":
         return Precision(setting)
     named = str(spec.config.get("dtype") or spec.config.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -99,6 +114,7 @@ def context_limit(setting: int, spec: ModelSpec) -> int:
 
 
 def _order(job: BringUp, placement: Placement, plan: StagePlan) -> LoadOrder:
+    config, memory = job.config, plan.memory
     return LoadOrder(
         stage=plan.stage,
         num_stages=len(placement.stages),
@@ -109,13 +125,31 @@ def _order(job: BringUp, placement: Placement, plan: StagePlan) -> LoadOrder:
         weight_files=job.spec.weight_files,
         weight_map=job.spec.weight_map,
         precision=plan.precision,
-        kv_dtype=job.config.kv_dtype,
-        wire_dtype=job.config.wire_dtype,
+        kv_dtype=config.kv_dtype,
+        wire_dtype=config.wire_dtype,
         num_pages=placement.num_pages,
         page_size=placement.page_size,
         max_context=placement.max_context,
-        is_exact=job.config.exact,
+        is_exact=config.exact,
         token=job.token,
+        store=_store_options(config),
+        holders=tuple(other.worker.address for other in placement.stages if other.stage != plan.stage),
+        compute_dtype=config.compute_dtype,
+        outlier_threshold=config.outlier_threshold,
+        num_streamed=memory.num_streamed,
+        ring_bytes=memory.ring_bytes,
+        memory_bytes=memory.shared_bytes,
+        expert_cache_bytes=memory.expert_cache_bytes,
+    )
+
+
+def _store_options(config: ServeConfig) -> StoreOptions:
+    return StoreOptions(
+        store_folder=config.store_dir,
+        download_folder=config.download_dir,
+        is_source_discarded=config.discard_source,
+        quota_bytes=config.store_quota,
+        reserve_bytes=config.disk_reserve,
     )
 
 
@@ -128,6 +162,7 @@ async def _load(link: StageLink, order: LoadOrder, epoch: Epoch, record: StageRe
     report: LoadedReport = await link.load(order, epoch, show, stall_seconds=stall_seconds)
     record.state = service.STAGE_STATE_READY
     record.weight_bytes, record.kv_bytes = report.weight_bytes, report.kv_bytes
+    record.streamed_bytes, record.disk_bytes_per_second = report.streamed_bytes, report.disk_bytes_per_second
     record.compute_dtype, record.kv_dtype, record.wire_dtype = report.compute_dtype, report.kv_dtype, report.wire_dtype
     logger.info("stage %s on %s holds blocks %s", order.stage, record.worker.node_name, order.span)
 

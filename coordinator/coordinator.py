@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 HEALTH_NAME = "cluster.rpc.v1.GenerationService"
 DEADLINE_CHECK_SECONDS = 1.0
 STOP_GRACE_SECONDS = 1.0
+SLOW_DISK_BYTES_PER_SECOND = 50_000_000  # a step's deadline allows for a disk as slow as this
 
 
 class Coordinator:
@@ -163,6 +164,7 @@ class Coordinator:
 
     def _new_engine(self, placement: Placement, links: Sequence[StageLink]) -> tuple[Engine, Pipeline]:
         config = self._order.config
+        step_seconds = config.step_timeout + _reading_seconds(placement)
         scheduler = Scheduler(
             Limits(
                 num_pages=placement.num_pages,
@@ -172,16 +174,17 @@ class Coordinator:
                 eos_token_ids=self._order.spec.eos_token_ids,
                 max_running=config.max_running,
                 max_waiting=config.max_waiting,
-                max_step_tokens=config.max_step_tokens,
+                max_step_tokens=placement.max_step_tokens,
                 inter_token_target=config.inter_token_target,
-                step_timeout=config.step_timeout,
+                step_timeout=step_seconds,
+                is_streamed=placement.is_streamed,
             )
         )
 
         def on_event(event: PipelineEvent) -> None:
             engine.on_pipeline(event)
 
-        pipeline = self._pipeline = Pipeline(placement, links, on_event, canary_seconds=config.step_timeout)
+        pipeline = self._pipeline = Pipeline(placement, links, on_event, canary_seconds=step_seconds)
         engine = Engine(
             scheduler=scheduler,
             pipeline=pipeline,
@@ -218,3 +221,9 @@ class Coordinator:
         await server.start()
         self._servers.append(server)
         return f"{self._order.listen_address}:{port}"
+
+
+def _reading_seconds(placement: Placement) -> float:
+    """Return how long a step may take to read what is not in memory. Whether it still moves is watched block by block,
+    so this deadline need not be tight."""
+    return sum(plan.memory.streamed_bytes for plan in placement.stages) / SLOW_DISK_BYTES_PER_SECOND

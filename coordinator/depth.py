@@ -33,10 +33,11 @@ class StepCurve:
 
     More tokens take no less time: a small step that happened to be slow counts as no slower than a larger one. Beyond
     what has been measured the nearest piece goes on, never to more than proportionally more. A single measurement is
-    taken as proportional.
+    taken as proportional; of a stage that reads its blocks from disk (`is_streamed`), as the same for any number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_streamed: bool = False) -> None:
+        self._is_streamed = is_streamed
         self._num_observed = 0
         # power of two → (average tokens, average seconds, when it was last observed)
         self._points: dict[int, tuple[float, float, int]] = {}
@@ -69,7 +70,7 @@ class StepCurve:
         nearest = min(right, last)
         proportional = self._seconds[nearest] * num_tokens / self._tokens[nearest]
         if last == 0:
-            return proportional
+            return self._seconds[0] if self._is_streamed else proportional
         right = min(max(right, 1), last)
         low, high = self._tokens[right - 1], self._tokens[right]
         share = (num_tokens - low) / (high - low)
@@ -78,12 +79,17 @@ class StepCurve:
 
 
 class PipelineTimes:
-    """What an epoch's stages and the hops between them have been measured to take."""
+    """What an epoch's stages and the hops between them have been measured to take.
 
-    def __init__(self, num_stages: int) -> None:
+    With `is_streamed`, where a stage reads its blocks from disk at every step, a single step in flight is preferred
+    to one per stage.
+    """
+
+    def __init__(self, num_stages: int, *, is_streamed: bool = False) -> None:
         self.num_stages = num_stages
         self.is_measured = False
-        self._stages = [StepCurve() for _ in range(num_stages)]
+        self._preferred_depth = 1 if is_streamed else num_stages
+        self._stages = [StepCurve(is_streamed=is_streamed) for _ in range(num_stages)]
         self._hops = StepCurve()  # all of a step's time that no stage accounts for
 
     def observe(self, num_tokens: int, timings: Sequence[StageTiming], elapsed_seconds: float) -> None:
@@ -104,18 +110,18 @@ class PipelineTimes:
     def depth(self, num_active_tokens: int, max_step_tokens: int) -> int:
         """Return how many steps should be in flight for so many tokens to compute: decodes and prompt tokens.
 
-        Of the depths within TOLERANCE of the best rate the one closest to one step per stage, which is also the answer
+        Of the depths within TOLERANCE of the best rate the one closest to the preferred one, which is also the answer
         while nothing has been measured.
         """
         if not self.is_measured:
-            return self.num_stages
+            return self._preferred_depth
         rates = []
         for depth in range(1, min(MAX_DEPTH_PER_STAGE * self.num_stages, num_active_tokens) + 1):
             num_tokens = min(max_step_tokens, num_active_tokens / depth)
             rates.append(num_tokens * depth / self.round_seconds(depth, num_tokens))
         good_enough = max(rates, default=0.0) * (1 - TOLERANCE)
         good = [depth for depth, rate in enumerate(rates, 1) if rate >= good_enough]
-        return min(good, key=lambda depth: abs(depth - self.num_stages), default=1)
+        return min(good, key=lambda depth: abs(depth - self._preferred_depth), default=1)
 
     def largest_step(self, depth: int, num_decodes: int, target_seconds: float, max_step_tokens: int) -> int:
         """Return how many tokens a step with `num_decodes` may have for decoding sequences to wait at most

@@ -138,7 +138,7 @@ class Engine:
         if isinstance(event, StepResult):
             self._on_result(event)
         elif isinstance(event, StepProgress):
-            self._flight.note_progress(event)
+            self._flight.note_progress(event, self._clock.now())
         elif isinstance(event, StepFailure):
             logger.error("step %s failed at stage %s: %s", event.step_id, event.stage, event.message)
             self.post(events.StepFailed(event))
@@ -152,7 +152,7 @@ class Engine:
         if overdue is None:
             return
         message = (
-            f"step {overdue.step_id} was not finished after {self._flight.timeout_seconds:g} s; its fate is "
+            f"step {overdue.step_id} made no progress in {self._flight.timeout_seconds:g} s; its fate is "
             "unknown, so its epoch is given up (--step-timeout raises the limit)"
         )
         logger.error(message)
@@ -251,7 +251,7 @@ class Engine:
 
     def _on_result(self, result: StepResult) -> None:
         if result.epoch == self._pipeline.epoch:
-            self._flight.note_finished(result)
+            self._flight.note_finished(result, self._clock.now())
             self.board.count_timings(result.timings)
             self.board.count_tokens(prompt=0, output=len(result.token_ids))
         self.post(events.StepCompleted(result))

@@ -28,6 +28,7 @@ class FlightLog:
         self.timeout_seconds = timeout_seconds
         self._spans = tuple(spans)
         self._flights: dict[StepId, Flight] = {}
+        self._moved = 0.0  # when any of them last passed a block or finished
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -36,23 +37,29 @@ class FlightLog:
         """A step left for stage 0."""
         self._flights[step_id] = Flight(step_id, now)
 
-    def note_progress(self, progress: StepProgress) -> None:
+    def note_progress(self, progress: StepProgress, now: float) -> None:
         """A stage told how many of its blocks a step has passed."""
-        if flight := self._flights.get(progress.step_id):
-            flight.blocks_done = max(flight.blocks_done, self._spans[progress.stage].start + progress.blocks_done)
+        flight = self._flights.get(progress.step_id)
+        blocks_done = self._spans[progress.stage].start + progress.blocks_done
+        if flight is not None and blocks_done > flight.blocks_done:
+            flight.blocks_done, self._moved = blocks_done, now
 
-    def note_finished(self, result: StepResult) -> None:
+    def note_finished(self, result: StepResult, now: float) -> None:
         """The last stage reported."""
         self._flights.pop(result.step_id, None)
+        self._moved = now
 
     def clear(self) -> None:
         """Their epoch was given up."""
         self._flights.clear()
 
     def overdue(self, now: float) -> Flight | None:
-        """Return the oldest step if it has been under way for longer than the timeout."""
+        """Return the oldest step if for longer than the timeout it has not passed a block, nor waited for a step before
+        it that did: a pass over many blocks on a slow disk may take its time."""
         oldest = next(iter(self._flights.values()), None)
-        return oldest if oldest is not None and now - oldest.sent > self.timeout_seconds else None
+        if oldest is None:
+            return None
+        return oldest if now - max(oldest.sent, self._moved) > self.timeout_seconds else None
 
     def blocks_done(self, step_id: StepId | None) -> tuple[int, int]:
         """Return (blocks passed, all blocks) of a step; zero blocks when it is not in flight."""

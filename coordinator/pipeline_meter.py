@@ -1,4 +1,4 @@
-"""What each stage did with its time: busy, bubble, bytes received, and the hop from the stage before.
+"""What each stage did with its time: busy, bubble, bytes received and read, and the hop from the stage before.
 
 Pure: it reads only the timings that completed steps bring back. Covers totals since the epoch opened, of which a reader
 takes differences; `coordinator.meters` has rates over the last seconds.
@@ -25,6 +25,9 @@ class StageTotals:
     busy_ns: int = 0
     bubble_ns: int = 0
     received_bytes: int = 0
+    read_bytes: int = 0  # of weights, from disk
+    stall_ns: int = 0  # that the stage waited for them
+    resident_bytes: int = 0  # of weights, when the last step ended
     last_finished_ns: int = 0
     recent_hops_ns: deque[int] = field(default_factory=lambda: deque(maxlen=NUM_RECENT_HOPS))
 
@@ -63,6 +66,9 @@ class PipelineMeter:
         totals.num_steps += 1
         totals.busy_ns += timing.finished_ns - timing.started_ns
         totals.received_bytes += timing.received_bytes
+        totals.read_bytes += timing.read_bytes
+        totals.stall_ns += timing.stall_ns
+        totals.resident_bytes = timing.resident_bytes
         totals.last_finished_ns = timing.finished_ns
 
     def _was_idle(self, stage: int, moment_ns: int) -> bool:

@@ -1,119 +1,85 @@
-"""Which worker serves which span: in proportion to the workers' free memory.
+"""Which worker serves which span: whatever fits, with as little read from disk as possible, in proportion to memory.
 
-`place` is the whole interface, so that a placement by measured speed can take its place. Memory is a budget: weights,
-KV pages and working buffers of a stage fit into what its worker may use, or ConfigurationError says what does not and
-what would help. The embedding costs nothing (its rows are read from a memory map); the last stage is charged the head.
+`place` is the whole interface, so that a placement by measured speed can take its place. Memory is a budget: what a
+stage needs fits into what its worker may use, or ConfigurationError says what does not and what would help. The
+embedding costs nothing (its rows are read from a memory map); the last stage is charged the head.
 
-Covers the order of workers, their spans, and how many KV pages there are.
+Covers the order of workers, their spans, how large a step may be, and how many KV pages there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 from cluster.errors import ConfigurationError
 from cluster.microbatch import Epoch
-from cluster.model_spec import ModelSizes, Precision
+from cluster.model_spec import ModelSizes
 from cluster.placement import Placement, StagePlan, WorkerInfo
 from cluster.span import Span
-from coordinator.pages import num_pages_for
+from coordinator.memory import STREAMED_BUFFER_SHARE, Ledger, PlacementOptions, lighter_precisions
 
-_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+__all__ = ["PlacementOptions", "place"]
 
+Cut = Sequence[tuple[WorkerInfo, Span]]
+"""The workers in pipeline order, each with its span."""
 
-@dataclass(frozen=True, slots=True)
-class PlacementOptions:
-    """What model and settings say about memory."""
-
-    precision: Precision
-    kv_dtype: str  # "auto", "fp32", "bf16" or "fp16"
-    page_size: int
-    max_context: int
-    max_running: int
-    kv_memory_bytes: int  # per stage; 0: what is left, at most what max_running x max_context needs
-    generation: int
-    max_step_tokens: int = 512
-
-    @property
-    def min_pages(self) -> int:
-        """Pages of one sequence as long as the context."""
-        return num_pages_for(self.max_context, self.page_size)
+StageCost = Callable[[WorkerInfo, Span], float]
 
 
 def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> Placement:
-    """Decide spans and pages. Raises ConfigurationError, with every stage's numbers, when something does not fit."""
+    """Decide spans, steps and pages. Raises ConfigurationError, with every stage's numbers, when something does not
+    fit."""
     num_blocks = len(sizes.blocks)
     if not 0 < len(workers) <= num_blocks:
         raise ConfigurationError(
             f"{len(workers)} workers cannot share {num_blocks} blocks, each needs at least one; "
             f"use --workers with a number from 1 to {num_blocks}"
         )
-    ledger = _Ledger(sizes, options)
-    ordered = _by_node(workers)
-    spans = _cut(ordered, num_blocks, ledger)
-    num_pages = min(ledger.max_pages(worker, span) for worker, span in zip(ordered, spans, strict=True))
-    if num_pages < options.min_pages:
-        raise ConfigurationError(_what_does_not_fit(ordered, spans, ledger))
+    ledger = Ledger(sizes, options, options.max_step_tokens)
+    cut = _cut(_by_node(workers), num_blocks, ledger)
+    if not all(ledger.can_serve(worker, span) for worker, span in cut):
+        raise ConfigurationError(_what_does_not_fit(cut, ledger, _lighter_help(workers, sizes, options)))
+    if not all(ledger.is_resident(worker, span) for worker, span in cut):
+        ledger = Ledger(sizes, options, _streamed_step_tokens(cut, ledger))
+    placement = _planned(cut, ledger)
+    return replace(placement, advice=_advice(placement, workers, sizes, options))
+
+
+def _planned(cut: Cut, ledger: Ledger) -> Placement:
+    options = ledger.options
+    num_pages = min(ledger.max_pages(worker, span) for worker, span in cut)
     stages = tuple(
-        StagePlan(
-            stage,
-            worker,
-            span,
-            options.precision,
-            weight_bytes=ledger.weight_bytes(span),
-            kv_bytes=num_pages * ledger.page_bytes(worker, span),
-        )
-        for stage, (worker, span) in enumerate(zip(ordered, spans, strict=True))
+        StagePlan(stage, worker, span, options.precision, ledger.plan(worker, span, num_pages))
+        for stage, (worker, span) in enumerate(cut)
     )
-    return Placement(Epoch(options.generation, 1), stages, num_pages, options.page_size, options.max_context)
+    return Placement(
+        epoch=Epoch(options.generation, 1),
+        stages=stages,
+        num_pages=num_pages,
+        page_size=options.page_size,
+        max_context=options.max_context,
+        max_step_tokens=ledger.step_tokens,
+    )
 
 
-class _Ledger:
-    """What a span costs a worker, in bytes."""
+def _streamed_step_tokens(cut: Cut, ledger: Ledger) -> int:
+    """Return how many tokens a step may have where blocks are streamed: a prompt should pass them at once, so up to the
+    whole context, as far as that makes no resident stage stream and takes a small share of a streamed one's memory."""
+    affordable = (_affordable_tokens(worker, span, ledger) for worker, span in cut)
+    return max(ledger.step_tokens, min(ledger.options.max_context, *affordable))
 
-    def __init__(self, sizes: ModelSizes, options: PlacementOptions) -> None:
-        self.options = options
-        self._weights = [0, *accumulate(count.resident_bytes(options.precision) for count in sizes.blocks)]
-        self._kv_elements = [0, *accumulate(sizes.kv_elements_per_token)]
-        self._head = sizes.head.resident_bytes(options.precision)
-        self.buffer_bytes = options.max_step_tokens * sizes.num_output_elements * 4
 
-    def weight_bytes(self, span: Span) -> int:
-        """Return the bytes of the span's weights, and of the head for the last stage."""
-        num_bytes = self._weights[span.end] - self._weights[span.start]
-        return num_bytes + self._head if span.end == len(self._weights) - 1 else num_bytes
-
-    def page_bytes(self, worker: WorkerInfo, span: Span) -> int:
-        """Return the bytes of one page over the blocks of the span."""
-        elements = self._kv_elements[span.end] - self._kv_elements[span.start]
-        return elements * self.options.page_size * self._kv_element_bytes(worker)
-
-    def min_kv_bytes(self, worker: WorkerInfo, span: Span) -> int:
-        """Return the bytes of one sequence as long as the context."""
-        return self.options.min_pages * self.page_bytes(worker, span)
-
-    def max_pages(self, worker: WorkerInfo, span: Span) -> int:
-        """Return how many pages fit beside the span's weights, of those that can be of use."""
-        left = worker.free_memory_bytes - self.weight_bytes(span) - self.buffer_bytes
-        if self.options.kv_memory_bytes:
-            left = min(left, self.options.kv_memory_bytes)
-        page_bytes = max(1, self.page_bytes(worker, span))
-        return min(self.options.max_running * self.options.min_pages, left // page_bytes)
-
-    def cost(self, worker: WorkerInfo, span: Span) -> _Cost:
-        """Return what giving the span to the worker adds to a cut's cost."""
-        is_misfit = self.max_pages(worker, span) < self.options.min_pages
-        needed = self.weight_bytes(span) + self.buffer_bytes + self.min_kv_bytes(worker, span)
-        return _Cost(is_misfit, needed**2 / max(1, worker.free_memory_bytes))
-
-    def _kv_element_bytes(self, worker: WorkerInfo) -> int:
-        """Return the size of a key's or value's element. "auto" is the compute dtype: fp32 on a CPU, where a CPU that
-        computes in bf16 will use less than it is charged; on a GPU that of the weights."""
-        if self.options.kv_dtype != "auto":
-            return _DTYPE_BYTES[self.options.kv_dtype]
-        return 4 if worker.device == "cpu" else _DTYPE_BYTES.get(self.options.precision.value, 4)
+def _affordable_tokens(worker: WorkerInfo, span: Span, ledger: Ledger) -> int:
+    budget, buffers = worker.free_memory_bytes, ledger.buffer_bytes(span)
+    if ledger.is_resident(worker, span):
+        needed = ledger.weight_bytes(span) + ledger.min_kv_bytes(worker, span)
+        return ledger.affordable_step_tokens(span, budget - needed)
+    slack = budget - ledger.least_bytes(worker, span)
+    return ledger.affordable_step_tokens(span, min(buffers + slack, max(buffers, budget // STREAMED_BUFFER_SHARE)))
 
 
 def _by_node(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
@@ -122,64 +88,124 @@ def _by_node(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
     return sorted(workers, key=lambda worker: nodes.index(worker.node_name))
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class _Cost:
-    """What a cut costs: first whether a stage does not fit, then how far bytes are from proportional."""
-
-    is_misfit: bool
-    unevenness: float
-
-    def __add__(self, other: _Cost) -> _Cost:
-        return _Cost(self.is_misfit or other.is_misfit, self.unevenness + other.unevenness)
+# --- cutting ---------------------------------------------------------------------------------------------------------
 
 
-def _cut(workers: Sequence[WorkerInfo], num_blocks: int, ledger: _Ledger) -> list[Span]:
-    """Cut the blocks into one span per worker so that bytes are in proportion to free memory, as far as whole blocks
-    allow: that is where the sum of bytes²/memory is least. A cut that fits goes before any that does not.
+def _cut(workers: Sequence[WorkerInfo], num_blocks: int, ledger: Ledger) -> Cut:
+    """Cut the blocks into one span per worker: a cut that fits before any that does not, then with the least read from
+    disk at the stage that reads most, then with bytes in proportion to memory, as far as whole blocks allow."""
+    most, spans = _cheapest(workers, num_blocks, partial(_reading, ledger), max)
+    cost = partial(_unevenness, ledger)
+    if not math.isinf(most):
+        cost = partial(_bounded_unevenness, ledger, most)
+    _, spans = _cheapest(workers, num_blocks, cost, _plus)
+    return list(zip(workers, spans, strict=True))
+
+
+def _reading(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
+    return ledger.shortfall_bytes(worker, span) if ledger.can_serve(worker, span) else math.inf
+
+
+def _unevenness(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
+    """The sum of bytes²/memory is least where bytes are in proportion to memory."""
+    held = ledger.weight_bytes(span) + ledger.min_kv_bytes(worker, span)
+    return held**2 / max(1, ledger.room(worker, span))
+
+
+def _bounded_unevenness(ledger: Ledger, most: float, worker: WorkerInfo, span: Span) -> float:
+    return _unevenness(ledger, worker, span) if _reading(ledger, worker, span) <= most else math.inf
+
+
+def _plus(left: float, right: float) -> float:
+    return left + right
+
+
+def _cheapest(
+    workers: Sequence[WorkerInfo], num_blocks: int, cost: StageCost, combine: Callable[[float, float], float]
+) -> tuple[float, list[Span]]:
+    """Return the least combined cost of a cut, and the spans.
 
     Exact dynamic programming: `best[end]` is the cheapest way for the workers so far to serve blocks [0, end), as its
     cost and its borders.
     """
-    best = {0: (_Cost(False, 0.0), [0])}
+    best: Mapping[int, tuple[float, list[int]]] = {0: (0.0, [0])}
     for index, worker in enumerate(workers):
         num_left = len(workers) - index - 1
         ends = range(index + 1, num_blocks - num_left + 1) if num_left else [num_blocks]
-        best = {end: _extend(best, end, worker, ledger) for end in ends}
-    return [Span(start, end) for start, end in pairwise(best[num_blocks][1])]
+        best = {
+            end: min(
+                (combine(before, cost(worker, Span(start, end))), [*borders, end])
+                for start, (before, borders) in best.items()
+                if start < end
+            )
+            for end in ends
+        }
+    least, borders = best[num_blocks]
+    return least, [Span(start, end) for start, end in pairwise(borders)]
 
 
-def _extend(
-    best: Mapping[int, tuple[_Cost, list[int]]], end: int, worker: WorkerInfo, ledger: _Ledger
-) -> tuple[_Cost, list[int]]:
-    """Return the cheapest way to go on to `end` with a span of this worker."""
-    ways = [
-        (cost + ledger.cost(worker, Span(start, end)), [*borders, end])
-        for start, (cost, borders) in best.items()
-        if start < end
-    ]
-    return min(ways)
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _what_does_not_fit(workers: Sequence[WorkerInfo], spans: Sequence[Span], ledger: _Ledger) -> str:
+def _advice(placement: Placement, workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> str:
+    """Say what would keep a placement from streaming, if another precision would."""
+    if not placement.is_streamed:
+        return ""
+    for precision in lighter_precisions(options):
+        ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
+        cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
+        if all(ledger.can_serve(*stage) and ledger.is_resident(*stage) for stage in cut):
+            return f"--precision {precision.value} would fit without streaming"
+    return ""
+
+
+def _lighter_help(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> list[str]:
+    """Name the most accurate precision that fits, if another one does."""
+    for precision in lighter_precisions(options):
+        ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
+        cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
+        if all(ledger.can_serve(*stage) for stage in cut):
+            return [f"smaller weights (--precision {precision.value} would fit)"]
+    return []
+
+
+def _what_does_not_fit(cut: Cut, ledger: Ledger, help_: Sequence[str]) -> str:
     """Say what every stage needs and has, and what would help."""
     options = ledger.options
-    lines = [
-        f"  stage {stage} on {worker.node_name}, blocks {span}: weights {_size(ledger.weight_bytes(span))} + KV "
-        f"{_size(ledger.min_kv_bytes(worker, span))} + buffers {_size(ledger.buffer_bytes)}, may use "
-        f"{_size(worker.free_memory_bytes)}"
-        for stage, (worker, span) in enumerate(zip(workers, spans, strict=True))
+    lines = [_needs(stage, worker, span, ledger) for stage, (worker, span) in enumerate(cut)]
+    helps = [
+        *help_,
+        "more or larger workers (--workers, --memory)",
+        f"a context below {options.max_context} (--max-context)",
+        f"steps of fewer than {ledger.step_tokens} tokens (--max-step-tokens)",
     ]
-    helps = ["more or larger workers (--workers, --memory)", f"a context below {options.max_context} (--max-context)"]
-    if options.precision is Precision.FP32:
-        helps.insert(0, "half the weights (--precision bf16)")
     if options.kv_memory_bytes:
         helps.append(f"more than {_size(options.kv_memory_bytes)} of KV per stage (--kv-memory)")
     return "\n".join(
         [
-            f"the model does not fit with room for one sequence of {options.max_context} tokens:",
+            f"the model does not fit with room for one sequence of {options.max_context} tokens, even with all that "
+            "can be read from disk at every step being read:",
             *lines,
             f"what would help: {', '.join(helps)}",
         ]
+    )
+
+
+def _needs(stage: int, worker: WorkerInfo, span: Span, ledger: Ledger) -> str:
+    weights, kv, buffers = (
+        ledger.weight_bytes(span),
+        ledger.min_kv_bytes(worker, span),
+        ledger.buffer_bytes(span),
+    )
+    taken = f" beside the {_size(worker.process_bytes)} that its process takes" if worker.process_bytes else ""
+    host = ""
+    if worker.device != "cpu":
+        host_bytes = _size(ledger.host_bytes(worker, span))
+        host = f"; {host_bytes} of the machine's own memory, which may use {_size(worker.free_host_bytes)}"
+    return (
+        f"  stage {stage} on {worker.node_name}, blocks {span}: weights {_size(weights)} + KV {_size(kv)} + buffers "
+        f"{_size(buffers)}, with streaming at least {_size(ledger.least_bytes(worker, span))} in all, may use "
+        f"{_size(worker.free_memory_bytes)}{taken}{host}"
     )
 
 

@@ -37,7 +37,7 @@ class EpochSteps:
         self._num_stages = num_stages
         self._limits = limits
         self._story = story
-        self._times = PipelineTimes(num_stages)
+        self._times = PipelineTimes(num_stages, is_streamed=limits.is_streamed)
         self._num_formed = 0
         self._finished: list[SequenceId] = []  # to be told with the next step
 
@@ -102,8 +102,11 @@ class EpochSteps:
 
     def _prompt_budget(self, running: RunningSequences, microbatch: Microbatch, depth: int, group: int) -> int:
         """Return how many prompt tokens the microbatch may have: what brings the whole backlog through soonest, within
-        the step's limit, and within the inter-token target while others decode."""
+        the step's limit, and within the inter-token target while others decode. Where weights are read from disk at
+        every step, all that the step's limit allows: each further piece would read them again."""
         largest = self._limits.max_step_tokens
+        if self._limits.is_streamed:
+            return largest - len(microbatch.decodes)
         if running.num_decoding:
             largest = self._times.largest_step(depth, group, self._limits.inter_token_target, largest)
         chunk = self._times.prompt_chunk(self._prompt_backlog(running), self._limits.page_size, largest)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from cluster.clock import SystemClock
+from cluster.errors import ConfigurationError
 from cluster.placement import WorkerInfo
 from cluster.wire.tls import Credentials
 from worker import checkpoint_client, machine
@@ -24,7 +25,7 @@ from worker.server import StageServer
 def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageServer:
     """Return the stage server that an order asks for, not yet listening.
 
-    Raises ConfigurationError when this machine cannot use the device.
+    Raises ConfigurationError when this machine cannot use the device or has not the memory.
     """
     device = machine.choose_device(order.num_gpus)
     num_threads = order.num_threads or max(1, machine.num_cores() // order.num_neighbours)
@@ -40,8 +41,11 @@ def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageSe
 
 
 def _info(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerInfo:
-    free, total = machine.device_memory(device)
-    budget = order.memory_bytes or int(free * machine.MEMORY_SHARE) // order.num_neighbours
+    _, total = machine.host_memory()
+    host, taken = _host_budget(order, total)
+    free = host
+    if device.type == "cuda":
+        free, total = _gpu_budget(order, device)
     return WorkerInfo(
         worker_id=order.worker_id,
         node_name=socket.gethostname(),
@@ -49,9 +53,33 @@ def _info(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerI
         device=str(device),
         device_name=machine.device_name(device),
         num_threads=num_threads,
-        free_memory_bytes=budget,
+        free_memory_bytes=free,
         total_memory_bytes=total,
         isa=isa(device),
         process_id=os.getpid(),
         versions=machine.package_versions(),
+        process_bytes=taken,
+        free_host_bytes=host if device.type == "cuda" else 0,
     )
+
+
+def _host_budget(order: WorkerOrder, total: int) -> tuple[int, int]:
+    """Return the bytes of the machine's memory that are left for the worker, and what of its share the process takes
+    already. What is free now has lost that before."""
+    if not order.memory_bytes:
+        return machine.usable_memory() // order.num_neighbours, 0
+    machine.check_memory(order.memory_bytes, order.num_neighbours, total, machine.monitor_threshold(os.environ))
+    taken = machine.process_bytes()
+    return max(0, order.memory_bytes - taken), taken
+
+
+def _gpu_budget(order: WorkerOrder, device: torch.device) -> tuple[int, int]:
+    """Return the bytes of its GPU that the worker may use, and those that the GPU has. Less than a whole GPU is shared
+    by the node's workers."""
+    free, total = machine.gpu_memory(device)
+    if order.gpu_memory_bytes > free:
+        raise ConfigurationError(
+            f"--gpu-memory gives {order.gpu_memory_bytes / 2**30:.2f} GiB, but {machine.device_name(device)} on "
+            f"{socket.gethostname()} has {free / 2**30:.2f} GiB free of {total / 2**30:.2f}"
+        )
+    return order.gpu_memory_bytes or int(free * machine.MEMORY_SHARE * min(1.0, order.num_gpus)), total

@@ -1,4 +1,4 @@
-"""What the machine under a worker offers: memory within its cgroup, cores, device names.
+"""What the machine under a worker offers: memory within its control groups, cores, device names.
 
 Covers reading facts; what to do with them is `coordinator.placement`'s. The numerics-relevant instruction set is
 `worker.linear.isa`'s.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+import socket
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -16,14 +17,14 @@ import psutil
 import torch
 
 from cluster.errors import ConfigurationError
+from worker.cgroup import memory_limits
 
 PACKAGES = ("spanwise", "torch", "transformers", "safetensors", "grpcio", "protobuf", "ray", "huggingface_hub")
 MEMORY_SHARE = 0.85
-"""Part of the free memory that workers may plan with: Ray's memory monitor kills at 95 % of the node, and the process
-itself, page cache and other tenants need the rest."""
+"""Part of the free memory that workers may plan with: page cache and other tenants need the rest."""
 
-_CGROUP = Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60
+MONITOR_THRESHOLD = 0.95  # Ray's own default
+MONITOR_MARGIN = 0.02  # of all memory: the monitor looks only from time to time
 
 
 def num_cores() -> int:
@@ -32,46 +33,52 @@ def num_cores() -> int:
 
 
 def host_memory() -> tuple[int, int]:
-    """Return (free, total) bytes of the machine, or of the cgroup where that is smaller."""
+    """Return (free, total) bytes of the machine, or of the tightest control group where that is smaller."""
     memory = psutil.virtual_memory()
     free, total = memory.available, memory.total
-    for limit, used in _cgroup_limits():
+    for limit, used in memory_limits():
         total = min(total, limit)
         free = min(free, max(0, limit - used))
     return free, total
 
 
-def _cgroup_limits() -> Iterator[tuple[int, int]]:
-    """Yield (limit, used without reclaimable page cache) of the cgroup v2 and v1 mounts that have one."""
-    sources = (
-        (_CGROUP, "memory.max", "memory.current", "file"),
-        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    )
-    for folder, limit_name, used_name, cache_key in sources:
-        try:
-            limit_text = (folder / limit_name).read_text().strip()
-            used = int((folder / used_name).read_text())
-            cache = _stat_value((folder / "memory.stat").read_text(), cache_key)
-        except (OSError, ValueError):
-            continue  # not this cgroup version, or not limited here
-        if limit_text != "max" and int(limit_text) < _UNLIMITED:
-            yield int(limit_text), max(0, used - cache)
+def usable_memory() -> int:
+    """Return the bytes that all workers of this machine may plan with: free ones, with a margin, below the share of
+    memory in use at which Ray's monitor ends workers."""
+    free, total = host_memory()
+    below_monitor = free - (1 - monitor_threshold(os.environ) + MONITOR_MARGIN) * total
+    return max(0, int(min(MEMORY_SHARE * free, below_monitor)))
 
 
-def _stat_value(text: str, key: str) -> int:
-    for line in text.splitlines():
-        name, _, value = line.partition(" ")
-        if name == key:
-            return int(value)
-    return 0
+def monitor_threshold(environment: Mapping[str, str]) -> float:
+    """Return the share of memory in use at which Ray's memory monitor ends workers."""
+    try:
+        return float(environment.get("RAY_memory_usage_threshold", MONITOR_THRESHOLD))
+    except ValueError:
+        return MONITOR_THRESHOLD
 
 
-def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return (free, total) bytes of the memory that holds a worker's weights."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free), int(total)
-    return host_memory()
+def check_memory(asked_bytes: int, num_workers: int, total: int, threshold: float) -> None:
+    """Raise ConfigurationError when the workers of this machine are given more than it can ever let them have."""
+    limit = int(threshold * total)
+    if asked_bytes * num_workers > limit:
+        raise ConfigurationError(
+            f"--memory gives {asked_bytes / 2**30:.2f} GiB to each of {num_workers} worker(s) of "
+            f"{socket.gethostname()}. That machine, or the control group there, has {total / 2**30:.2f} GiB, and Ray's "
+            f"memory monitor ends workers when {threshold:.0%} of it is used: give each at most "
+            f"{limit / num_workers / 2**30:.2f} GiB"
+        )
+
+
+def process_bytes() -> int:
+    """Return what this process takes now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """Return (free, total) bytes of a GPU."""
+    free, total = torch.cuda.mem_get_info(device)
+    return int(free), int(total)
 
 
 def choose_device(num_gpus: float) -> torch.device:

@@ -17,8 +17,9 @@ class WorkerOrder:
     num_neighbours: int
     num_threads: int  # 0: the node's cores, shared
     num_gpus: float
-    memory_bytes: int  # 0: what is free, shared, with a margin
+    memory_bytes: int  # that the whole process may take; 0: what is free, shared, with a margin
     log_dir: str
     is_log_json: bool
     certificate: bytes = b""  # PEM; empty: plaintext
     authority: bytes = b""  # PEM of the cluster's own certificate authority
+    gpu_memory_bytes: int = 0  # of its GPU; 0: likewise

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -50,6 +50,7 @@ class ClusterDisplay:
         self._live: Live | None = None
         self._last_lines: dict[int, str] = {}
         self._last_state = ""
+        self._has_shown_memory = False
 
     def __enter__(self) -> ClusterDisplay:
         return self
@@ -66,6 +67,10 @@ class ClusterDisplay:
     def show(self, message: service.DescribeClusterResponse) -> None:
         """Show the latest description; costs nothing when it looks like the one before."""
         cluster = read_cluster(message)
+        if cluster.state == "loading" and not self._has_shown_memory and _is_placed(cluster):
+            self._has_shown_memory = True
+            self._stop_live()
+            self._console.print(memory_table(cluster))
         if cluster.state != "loading":
             self._show_outcome(cluster)
         elif self._console.is_terminal:
@@ -78,7 +83,7 @@ class ClusterDisplay:
         if cluster.state == self._last_state:
             return
         self._stop_live()
-        self._console.print(cluster_table(cluster))
+        self._console.print(cluster_view(cluster))
 
     def _follow(self, cluster: ClusterStatus) -> None:
         if self._live is None:
@@ -112,17 +117,66 @@ def loading_table(cluster: ClusterStatus, time_left: TimeLeft) -> Table:
     return table
 
 
+def memory_table(cluster: ClusterStatus) -> Table:
+    """Return how each stage divides its memory, as planned before anything is loaded."""
+    columns = (
+        "stage",
+        "node",
+        "blocks",
+        "precision",
+        "resident",
+        "read per step",
+        "ring",
+        "KV cache",
+        "buffers",
+        "budget",
+    )
+    table = _plain_table(
+        *columns,
+        title=f"memory for {cluster.model.name}",
+        caption=_plan(cluster),
+    )
+    for stage in cluster.stages:
+        streamed = f"{stage.num_streamed} parts, {size(stage.streamed_bytes)}" if stage.num_streamed else ""
+        if stage.expert_cache_bytes:
+            streamed = f"experts of {size(stage.streamed_bytes)}, {size(stage.expert_cache_bytes)} cached"
+        table.add_row(
+            *(str(stage.stage), stage.node_name, _blocks(stage), stage.numerics.precision),
+            *(size(stage.weight_bytes), streamed or "none", size(stage.ring_bytes), size(stage.kv_bytes)),
+            *(size(stage.buffer_bytes), size(stage.free_memory_bytes)),
+        )
+    return table
+
+
+def streaming_table(cluster: ClusterStatus) -> Table:
+    """Return what the stages read from disk, since the epoch opened."""
+    columns = ("stage", "weights in memory", "read per step", "read", "while computing", "probed", "waited")
+    table = _plain_table(*columns, title="weights from disk")
+    for stage in cluster.stages:
+        total = stage.weight_bytes + stage.streamed_bytes
+        rate = stage.read_bytes / stage.busy_seconds if stage.busy_seconds else 0.0
+        table.add_row(
+            *(str(stage.stage), f"{size(stage.resident_bytes)}, {stage.resident_bytes / max(1, total):.0%}"),
+            *(size(stage.streamed_bytes), size(stage.read_bytes), f"{size(rate)}/s"),
+            *(f"{size(stage.disk_bytes_per_second)}/s", duration(stage.stall_seconds)),
+        )
+    return table
+
+
+def cluster_view(cluster: ClusterStatus) -> Group:
+    """Return what `cluster status` prints."""
+    tables = [cluster_table(cluster)]
+    if any(stage.streamed_bytes for stage in cluster.stages):
+        tables.append(streaming_table(cluster))
+    return Group(*tables)
+
+
 def cluster_table(cluster: ClusterStatus) -> Table:
-    """Return the table that `cluster status` prints."""
-    table = Table(
-        *("stage", "node", "device", "blocks", "precision", "weights", "KV cache", "free", "busy", "state"),
-        box=SIMPLE_HEAD,
-        padding=0,
-        pad_edge=False,
+    """Return state, stages and load."""
+    table = _plain_table(
+        *("stage", "node", "device", "blocks", "precision", "weights", "KV cache", "budget", "busy", "state"),
         title=Text(_headline(cluster), style=_COLOURS.get(cluster.state, "")),
         caption=_load(cluster),
-        title_justify="left",
-        caption_justify="left",
     )
     for stage in cluster.stages:
         table.add_row(
@@ -133,6 +187,32 @@ def cluster_table(cluster: ClusterStatus) -> Table:
             style=_COLOURS.get(stage.state) if stage.state == "lost" else None,
         )
     return table
+
+
+def _plain_table(*columns: str, title: str | Text, caption: str = "") -> Table:
+    return Table(
+        *columns,
+        box=SIMPLE_HEAD,
+        padding=0,
+        pad_edge=False,
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+    )
+
+
+def _is_placed(cluster: ClusterStatus) -> bool:
+    return bool(cluster.num_pages and cluster.stages)
+
+
+def _plan(cluster: ClusterStatus) -> str:
+    """Say what the stages' memory gives."""
+    tokens = cluster.num_pages * cluster.page_size
+    text = f"keys and values of {tokens} tokens at most, steps of up to {cluster.max_step_tokens}"
+    if any(stage.streamed_bytes for stage in cluster.stages):
+        text += "; keys and values take memory from weights as they grow"
+    return f"{text}; {cluster.advice}" if cluster.advice else text
 
 
 def _headline(cluster: ClusterStatus) -> str:

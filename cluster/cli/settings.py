@@ -17,6 +17,7 @@ from cluster.errors import ConfigurationError
 _KINDS: Mapping[str, type] = get_type_hints(ServeConfig)
 _FIELDS = {field.name: field for field in fields(ServeConfig)}
 _SIZES = {name for name, field in _FIELDS.items() if field.metadata["unit"] == "bytes"}
+_NODE_SIZES = {name for name, field in _FIELDS.items() if field.metadata["unit"] == "bytes by node"}
 
 
 def variable_of(name: str) -> str:
@@ -73,7 +74,7 @@ def _option(name: str) -> OptionSpec:
         kind=str if name in _SIZES else _KINDS[name],
         about=about[0].upper() + about[1:],
         variable=variable_of(name),
-        metavar="SIZE" if name in _SIZES else "MODEL" if name == "model" else None,
+        metavar="SIZE" if name in _SIZES | _NODE_SIZES else "MODEL" if name == "model" else None,
         is_argument=name == "model",
     )
 
@@ -103,6 +104,8 @@ def _typed(name: str, value: object, file: Path) -> object:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if kind is float and is_whole:
         return float(value)  # type: ignore[arg-type]  # is_whole says so
+    if name in _NODE_SIZES and is_whole:
+        return str(value)
     if (name in _SIZES and isinstance(value, str)) or (is_whole if kind is int else isinstance(value, kind)):
         return value
     wanted = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[kind]

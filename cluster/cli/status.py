@@ -19,7 +19,7 @@ def status(server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     from json import dumps
 
     from cluster.cli.console import stdout
-    from cluster.cli.display import cluster_table
+    from cluster.cli.display import cluster_view
     from cluster.cli.local_runs import explain_absence
     from cluster.client import Client, RetryPolicy
     from cluster.errors import StageUnavailableError
@@ -32,6 +32,6 @@ def status(server: Server = DEFAULT_SERVER, json: Json = False) -> None:
     if json:
         typer.echo(dumps(asdict(cluster), indent=2))
     else:
-        stdout().print(cluster_table(cluster))
+        stdout().print(cluster_view(cluster))
     if cluster.state == "failed":
         raise typer.Exit(1)

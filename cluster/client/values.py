@@ -179,7 +179,7 @@ class StageStatus:
     """One stage as the coordinator sees it. Progress is of the present state; its total is 0 when unknown."""
 
     stage: int
-    state: str  # "connecting", "downloading", "loading", "ready" or "lost"
+    state: str  # "connecting", "downloading", "converting", "verifying", "loading", "ready" or "lost"
     worker_id: str
     node_name: str
     address: str
@@ -199,6 +199,16 @@ class StageStatus:
     bubble_seconds: float
     received_bytes: int
     hop_seconds: float | None  # from the finish of the stage before to the start here; median; None: not known
+    resident_bytes: int  # of weights, in memory now
+    streamed_bytes: int  # of weights, read from disk at every step
+    read_bytes: int  # by the steps since the epoch opened
+    stall_seconds: float  # that they waited for it
+    disk_bytes_per_second: float  # as probed when the span was loaded; 0: not probed
+    num_streamed: int  # blocks (and the head) that are streamed, as planned
+    ring_bytes: int  # of buffers that they pass through
+    buffer_bytes: int  # that computing or loading takes for a moment
+    expert_cache_bytes: int
+    process_bytes: int  # that the process took before it loaded anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +234,8 @@ class ClusterStatus:
     num_requests_failed: int
     num_steps_in_flight: int
     epoch: str
+    advice: str  # what would be better
+    max_step_tokens: int
 
 
 def read_progress(message: generation.Progress) -> Progress:

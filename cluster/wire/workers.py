@@ -38,6 +38,8 @@ def worker_info_to_proto(info: WorkerInfo) -> stage_service_pb2.HelloResponse:
         isa=info.isa,
         process_id=info.process_id,
         versions=dict(info.versions),
+        process_bytes=info.process_bytes,
+        free_host_bytes=info.free_host_bytes,
     )
 
 
@@ -54,6 +56,8 @@ def worker_info_from_proto(message: stage_service_pb2.HelloResponse) -> WorkerIn
         isa=message.isa,
         process_id=message.process_id,
         versions=tuple(sorted(message.versions.items())),
+        process_bytes=message.process_bytes,
+        free_host_bytes=message.free_host_bytes,
     )
 
 
@@ -67,6 +71,8 @@ def model_sizes_to_proto(sizes: ModelSizes) -> stage_service_pb2.MeasureModelRes
         kv_elements_per_token=sizes.kv_elements_per_token,
         hidden_size=sizes.hidden_size,
         num_output_elements=sizes.num_output_elements,
+        num_heads=sizes.num_heads,
+        rotary_elements_per_token=sizes.rotary_elements_per_token,
     )
 
 
@@ -80,6 +86,8 @@ def model_sizes_from_proto(message: stage_service_pb2.MeasureModelResponse) -> M
         kv_elements_per_token=tuple(message.kv_elements_per_token),
         hidden_size=message.hidden_size,
         num_output_elements=message.num_output_elements,
+        num_heads=message.num_heads,
+        rotary_elements_per_token=message.rotary_elements_per_token,
     )
 
 

@@ -129,3 +129,14 @@ def test_timings_that_do_not_name_every_stage_are_not_used() -> None:
     times = PipelineTimes(2)
     times.observe(8, [StageTiming(0, 0, 0, 10)], 1.0)
     assert not times.is_measured
+
+
+def test_with_a_streamed_stage_one_step_is_in_flight_until_something_else_was_measured() -> None:
+    times = PipelineTimes(3, is_streamed=True)
+    assert times.depth(1000, 512) == 1
+    times.observe(30, [StageTiming(index, 0, 0, 10**9) for index in range(3)], 3.0)
+    assert times.depth(16, 512) == 1  # a single measurement is taken as the same for any number of tokens
+    measured_times = PipelineTimes(2, is_streamed=True)
+    for size in (1, 8, 64, 512):
+        measured_times.observe(size, [StageTiming(index, 0, 0, size * 10**8) for index in range(2)], 0.2 * size)
+    assert measured_times.depth(64, 512) == 2

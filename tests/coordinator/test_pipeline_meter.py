@@ -48,3 +48,11 @@ def test_received_bytes_add_up_and_a_step_may_end_early() -> None:
     meter.count([timing(0, 4, 5), timing(1, 6, 7, received_bytes=28_672), timing(2, 8, 9, received_bytes=5)])
     assert [totals.received_bytes for totals in meter.stages] == [0, 57_344, 5]
     assert [totals.num_steps for totals in meter.stages] == [2, 2, 1]
+
+
+def test_what_steps_read_and_waited_for_adds_up() -> None:
+    meter = PipelineMeter(["a"])
+    for resident in (700, 500):
+        meter.count([StageTiming(0, 0, 0, 9, read_bytes=100, stall_ns=4, resident_bytes=resident)])
+    (totals,) = meter.stages
+    assert (totals.read_bytes, totals.stall_ns, totals.resident_bytes) == (200, 8, 500)

@@ -13,7 +13,7 @@ from cluster.errors import ConfigurationError
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSizes, Precision, WeightCount
 from cluster.placement import Placement, WorkerId, WorkerInfo
-from cluster.span import Span, is_tiling
+from cluster.span import is_tiling, streaming_order
 from coordinator.placement import PlacementOptions, place
 
 GIB = 2**30
@@ -30,6 +30,7 @@ OPTIONS = PlacementOptions(
 
 def worker(name: str, free_memory_bytes: int, *, node: str = "", device: str = "cpu") -> WorkerInfo:
     return WorkerInfo(
+        free_host_bytes=0 if device == "cpu" else GIB,
         worker_id=WorkerId(name),
         node_name=node or name,
         address=f"{name}:7100",
@@ -54,7 +55,7 @@ def sizes_of(blocks: Sequence[int], head: int, kv: int) -> ModelSizes:
         blocks=tuple(WeightCount(num_linear=block) for block in blocks),
         experts=(WeightCount(),) * len(blocks),
         num_experts=0,
-        embedding_num_parameters=2**30,
+        embedding_num_parameters=head,  # as large as the head, and read from a memory map
         head=WeightCount(num_linear=head),
         kv_elements_per_token=(kv,) * len(blocks),
         hidden_size=1024,
@@ -81,7 +82,7 @@ def test_equal_workers_get_spans_that_differ_by_at_most_one_block() -> None:
 def test_the_head_is_charged_to_the_last_stage_and_the_embedding_to_nobody() -> None:
     placement = place([worker("a", 8 * GIB), worker("b", 8 * GIB)], model(24, head=4 * 2**24), OPTIONS)
     assert lengths(placement) == [14, 10]
-    assert [plan.weight_bytes for plan in placement.stages] == [14 * 2**26, 14 * 2**26]
+    assert [plan.memory.weight_bytes for plan in placement.stages] == [14 * 2**26, 14 * 2**26]
 
 
 def test_a_worker_without_much_memory_still_serves_one_block() -> None:
@@ -101,10 +102,9 @@ def test_pages_are_what_the_tightest_stage_has_room_for() -> None:
     options = replace(OPTIONS, max_running=10**6, max_step_tokens=1)
     placement = place([worker("a", GIB)], model(4), options)
     (plan,) = placement.stages
-    buffer_bytes = 2**24 // 1024 * 4
     page_bytes = 4 * 512 * 64 * 4
-    assert placement.num_pages == (GIB - 4 * 2**26 - buffer_bytes) // page_bytes
-    assert plan.kv_bytes == placement.num_pages * page_bytes
+    assert placement.num_pages == (GIB - 4 * 2**26 - plan.memory.buffer_bytes) // page_bytes
+    assert plan.memory.kv_bytes == placement.num_pages * page_bytes
 
 
 def test_kv_memory_bounds_the_pages() -> None:
@@ -129,16 +129,37 @@ def test_a_number_of_workers_that_blocks_cannot_be_shared_among_is_refused(num_w
         place(workers, model(4), OPTIONS)
 
 
-def test_what_does_not_fit_is_said_for_every_stage_with_what_would_help() -> None:
+def test_what_does_not_fit_even_streamed_is_said_for_every_stage_with_what_would_help() -> None:
+    workers = [replace(worker("a", GIB // 2), process_bytes=GIB // 2), worker("b", GIB // 2)]
     with pytest.raises(ConfigurationError) as caught:
-        place([worker("a", GIB), worker("b", GIB)], model(64), OPTIONS)
+        place(workers, model(64, kv=2**14), OPTIONS)
     message = str(caught.value)
-    assert (
-        "stage 0 on a, blocks [0, 32): weights 2.00 GiB + KV 64.00 MiB + buffers 32.00 MiB, may use 1.00 GiB" in message
-    )
+    assert "stage 0 on a, blocks [0, 32): weights 2.00 GiB + KV 2.00 GiB + buffers 0.19 GiB, with streaming" in message
+    assert "2.38 GiB in all, may use 0.50 GiB beside the 0.50 GiB that its process takes" in message
     assert "stage 1 on b" in message
-    for setting in ("--precision bf16", "--workers", "--max-context"):
+    for setting in ("--workers", "--memory", "--max-context", "--max-step-tokens"):
         assert setting in message
+
+
+def test_a_precision_is_suggested_only_where_it_would_help() -> None:
+    tight = [worker("a", 700 * 2**20)]
+    options = replace(OPTIONS, precision=Precision.BF16)
+    assert place(tight, model(64), options).advice == ""  # int8 would stream too, and so would NF4
+    assert place([worker("a", 2 * GIB)], model(64), options).advice == "--precision int8 would fit without streaming"
+    assert place([worker("a", 2 * GIB)], model(64), replace(options, is_precision_fixed=True)).advice == ""
+    assert place([worker("a", 3 * GIB)], model(64), options).advice == ""
+
+
+def test_a_precision_that_would_fit_is_named_in_the_refusal() -> None:
+    options = replace(OPTIONS, max_step_tokens=1)
+    with pytest.raises(ConfigurationError, match="--precision nf4 would fit"):
+        place([worker("a", 330 * 2**20)], model(1, block=2**28), options)
+
+
+def test_a_gpu_without_host_memory_for_the_ring_is_refused_with_both_numbers() -> None:
+    gpu = replace(worker("a", GIB, device="cuda:0"), free_host_bytes=2**20)
+    with pytest.raises(ConfigurationError, match=r"of the machine's own memory, which may use 1\.00 MiB"):
+        place([gpu], model(32), OPTIONS)
 
 
 def test_kv_memory_too_small_for_one_context_is_refused_by_name() -> None:
@@ -146,39 +167,93 @@ def test_kv_memory_too_small_for_one_context_is_refused_by_name() -> None:
         place([worker("a", 8 * GIB)], model(4), replace(OPTIONS, kv_memory_bytes=2**20))
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.integers(1, 8 * GIB), min_size=1, max_size=6),
-    st.lists(st.integers(1, 2**26), min_size=6, max_size=24),
-    st.integers(0, 2**26),
-)
-def test_spans_tile_the_model_and_fit_or_the_placement_is_refused(
-    memory: list[int], blocks: list[int], head: int
+def test_the_stage_that_reads_most_reads_as_little_as_possible() -> None:
+    """Proportional spans would leave the larger worker's memory empty: its working buffers are no larger."""
+    small, large = worker("a", GIB), worker("b", 4 * GIB)
+    placement = place([small, large], model(64), OPTIONS)
+    assert [plan.memory.is_streamed for plan in placement.stages] == [False, False]
+    placement = place([small, large], model(96), OPTIONS)
+    first, second = (plan.memory.streamed_bytes for plan in placement.stages)
+    assert 0 < max(first, second) <= 17 * 2**26
+
+
+def test_steps_take_whole_prompts_where_blocks_are_streamed_and_memory_allows() -> None:
+    options = replace(OPTIONS, max_context=8192)
+    assert place([worker("a", 16 * GIB)], model(64), options).max_step_tokens == 512
+    assert place([worker("a", 3 * GIB)], model(64), options).max_step_tokens > 512
+    assert place([worker("a", 64 * GIB)], model(1200), options).max_step_tokens == 8192
+
+
+WORKERS = st.lists(st.integers(2**27, 8 * GIB), min_size=1, max_size=5)
+BLOCKS = st.lists(st.integers(2**16, 2**27), min_size=5, max_size=24)
+PRECISIONS = st.sampled_from(list(Precision))
+
+
+@settings(deadline=None, max_examples=200)
+@given(WORKERS, BLOCKS, st.integers(0, 2**27), PRECISIONS, st.sampled_from(["cpu", "cuda:0"]), st.booleans())
+def test_everything_planned_stays_within_the_budget_or_the_placement_is_refused(
+    memory: list[int], blocks: list[int], head: int, precision: Precision, device: str, has_experts: bool
 ) -> None:
-    workers = [worker(str(index), free) for index, free in enumerate(memory)]
+    workers = [worker(str(index), free, device=device) for index, free in enumerate(memory)]
     sizes = sizes_of(blocks, head, 512)
+    if has_experts:
+        experts = tuple(WeightCount(num_linear=block * 7 // 8) for block in blocks)
+        sizes = replace(sizes, experts=experts, num_experts=8)
     try:
-        placement = place(workers, sizes, OPTIONS)
+        placement = place(workers, sizes, replace(OPTIONS, precision=precision))
     except ConfigurationError:
         return
     assert is_tiling([plan.span for plan in placement.stages], len(blocks))
     assert placement.num_pages >= OPTIONS.min_pages
     for plan in placement.stages:
-        assert plan.weight_bytes + plan.kv_bytes <= plan.worker.free_memory_bytes
+        split = plan.memory
+        ring = split.ring_bytes if device == "cpu" else 0
+        taken = split.shared_bytes + ring + split.buffer_bytes + split.expert_cache_bytes
+        assert taken <= split.budget_bytes == plan.worker.free_memory_bytes
+        context_bytes = split.kv_bytes // placement.num_pages * OPTIONS.min_pages
+        assert split.weight_bytes + context_bytes <= split.shared_bytes
+        assert split.kv_bytes <= split.shared_bytes
+        assert split.is_streamed == (split.ring_bytes > 0)
+        assert (split.num_streamed > 0) == (split.is_streamed and not has_experts)
+        if device != "cpu" or has_experts or not split.is_streamed:
+            assert split.weight_bytes + split.kv_bytes <= split.shared_bytes  # nothing to shift
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(2**27, 8 * GIB), BLOCKS, st.integers(0, 2**27))
+def test_no_more_parts_are_streamed_than_must_be(free: int, blocks: list[int], head: int) -> None:
+    sizes = sizes_of(blocks, head, 512)
+    try:
+        placement = place([worker("a", free)], sizes, OPTIONS)
+    except ConfigurationError:
+        return
+    (plan,) = placement.stages
+    split = plan.memory
+    if split.is_streamed:
+        order = streaming_order(len(blocks))
+        parts = [4 * blocks[index] for index in order] + [4 * head]
+        assert split.streamed_bytes == sum(parts[: split.num_streamed])
+        context_bytes = split.kv_bytes // placement.num_pages * OPTIONS.min_pages
+        last = parts[split.num_streamed - 1]
+        assert split.weight_bytes + last + context_bytes > split.shared_bytes
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=2, max_size=3), st.integers(3, 8))
-def test_a_cut_that_fits_is_found_whenever_there_is_one(quarters: list[int], num_blocks: int) -> None:
+@given(st.lists(st.integers(4, 16), min_size=2, max_size=3), st.integers(3, 12))
+def test_a_cut_without_streaming_is_found_whenever_there_is_one(quarters: list[int], num_blocks: int) -> None:
     workers = [worker(str(index), count * 2**26) for index, count in enumerate(quarters)]
     options = replace(OPTIONS, max_step_tokens=1, max_context=64)
     per_block = 2**26 + 2**17
-    capacity = sum((count * 2**26 - 2**16) // per_block for count in quarters)
-    can_fit = capacity >= num_blocks and min(quarters) > 1 and len(quarters) <= num_blocks
-    if can_fit:
+    buffers = place([worker("a", GIB)], model(1), options).stages[0].memory.buffer_bytes
+    capacities = [(count * 2**26 - buffers) // per_block for count in quarters]
+    if sum(capacities) >= num_blocks >= len(quarters) and min(capacities) > 0:
         placement = place(workers, model(num_blocks), options)
-        assert placement.stages[0].span.start == 0
-        assert placement.stages[-1].span == Span(placement.stages[-1].span.start, num_blocks)
-    else:
-        with pytest.raises(ConfigurationError):
-            place(workers, model(num_blocks), options)
+        assert not placement.is_streamed
+
+
+def test_a_large_cluster_is_placed_in_moments() -> None:
+    """Of BLOOM-176B's shape: the number of cuts that are compared is what matters."""
+    workers = [worker(f"w{index}", (8 + index) * GIB) for index in range(12)]
+    sizes = sizes_of([2_466_250_752] * 70, 250_880 * 14_336, 2 * 14_336)
+    placement = place(workers, sizes, replace(OPTIONS, precision=Precision.INT8, max_context=2048))
+    assert placement.is_streamed

@@ -157,3 +157,12 @@ def test_prompts_advance_however_many_sequences_decode() -> None:
     simulation.run()
     late, _ = simulation.finished[RequestId("late")]
     assert late < min(at for name, (at, _) in simulation.finished.items() if name != "late")
+
+
+def test_with_a_streamed_stage_prompts_pass_at_once_and_decodes_join_them() -> None:
+    simulation = simulate(linear(2.0, 0.0001), linear(0.05, 0.001), is_streamed=True, max_step_tokens=2048)
+    streams(simulation, 4, prompt=400, max_tokens=30)
+    simulation.arrive(30.0, make_request("late", 1500, 3, ignore_eos=True))
+    simulation.run()
+    with_prompts = [header.lengths for header in simulation.headers if max(header.lengths) > 1]
+    assert with_prompts == [(400,), (1, 400, 400, 400), (1, 1, 1, 1, 1500)]

@@ -23,6 +23,8 @@ class StageState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STAGE_STATE_LOADING: _ClassVar[StageState]
     STAGE_STATE_READY: _ClassVar[StageState]
     STAGE_STATE_LOST: _ClassVar[StageState]
+    STAGE_STATE_CONVERTING: _ClassVar[StageState]
+    STAGE_STATE_VERIFYING: _ClassVar[StageState]
 CLUSTER_STATE_UNSPECIFIED: ClusterState
 CLUSTER_STATE_LOADING: ClusterState
 CLUSTER_STATE_READY: ClusterState
@@ -34,6 +36,8 @@ STAGE_STATE_DOWNLOADING: StageState
 STAGE_STATE_LOADING: StageState
 STAGE_STATE_READY: StageState
 STAGE_STATE_LOST: StageState
+STAGE_STATE_CONVERTING: StageState
+STAGE_STATE_VERIFYING: StageState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "request_id", "text", "token_ids", "chat", "sampling", "stop", "logprobs", "num_completions", "echo", "resume_offset")
@@ -150,7 +154,7 @@ class DescribeClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message", "num_steps", "busy_seconds", "bubble_seconds", "received_bytes", "hop_seconds", "resident_bytes", "streamed_bytes", "read_bytes", "stall_seconds", "disk_bytes_per_second")
+    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message", "num_steps", "busy_seconds", "bubble_seconds", "received_bytes", "hop_seconds", "resident_bytes", "streamed_bytes", "read_bytes", "stall_seconds", "disk_bytes_per_second", "num_streamed", "ring_bytes", "buffer_bytes", "expert_cache_bytes", "process_bytes")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +181,11 @@ class StageStatus(_message.Message):
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    NUM_STREAMED_FIELD_NUMBER: _ClassVar[int]
+    RING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
     stage: int
     state: StageState
     worker_id: str
@@ -203,10 +212,15 @@ class StageStatus(_message.Message):
     read_bytes: int
     stall_seconds: float
     disk_bytes_per_second: float
-    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ..., num_steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., bubble_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., hop_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., disk_bytes_per_second: _Optional[float] = ...) -> None: ...
+    num_streamed: int
+    ring_bytes: int
+    buffer_bytes: int
+    expert_cache_bytes: int
+    process_bytes: int
+    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ..., num_steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., bubble_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., hop_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., disk_bytes_per_second: _Optional[float] = ..., num_streamed: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., buffer_bytes: _Optional[int] = ..., expert_cache_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ...) -> None: ...
 
 class DescribeClusterResponse(_message.Message):
-    __slots__ = ("version", "protocol_version", "state", "message", "model", "stages", "num_running", "num_waiting", "max_waiting", "num_pages", "num_free_pages", "page_size", "uptime_seconds", "prompt_tokens_per_second", "output_tokens_per_second", "num_requests_finished", "num_requests_failed", "num_steps_in_flight", "epoch")
+    __slots__ = ("version", "protocol_version", "state", "message", "model", "stages", "num_running", "num_waiting", "max_waiting", "num_pages", "num_free_pages", "page_size", "uptime_seconds", "prompt_tokens_per_second", "output_tokens_per_second", "num_requests_finished", "num_requests_failed", "num_steps_in_flight", "epoch", "advice", "max_step_tokens")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +240,8 @@ class DescribeClusterResponse(_message.Message):
     NUM_REQUESTS_FAILED_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ADVICE_FIELD_NUMBER: _ClassVar[int]
+    MAX_STEP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_version: int
     state: ClusterState
@@ -245,4 +261,6 @@ class DescribeClusterResponse(_message.Message):
     num_requests_failed: int
     num_steps_in_flight: int
     epoch: str
-    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., state: _Optional[_Union[ClusterState, str]] = ..., message: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., prompt_tokens_per_second: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., num_requests_finished: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., num_steps_in_flight: _Optional[int] = ..., epoch: _Optional[str] = ...) -> None: ...
+    advice: str
+    max_step_tokens: int
+    def __init__(self, version: _Optional[str] = ..., protocol_version: _Optional[int] = ..., state: _Optional[_Union[ClusterState, str]] = ..., message: _Optional[str] = ..., model: _Optional[_Union[Model, _Mapping]] = ..., stages: _Optional[_Iterable[_Union[StageStatus, _Mapping]]] = ..., num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., max_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., prompt_tokens_per_second: _Optional[float] = ..., output_tokens_per_second: _Optional[float] = ..., num_requests_finished: _Optional[int] = ..., num_requests_failed: _Optional[int] = ..., num_steps_in_flight: _Optional[int] = ..., epoch: _Optional[str] = ..., advice: _Optional[str] = ..., max_step_tokens: _Optional[int] = ...) -> None: ...

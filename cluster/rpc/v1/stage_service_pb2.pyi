@@ -16,7 +16,7 @@ class HelloRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class HelloResponse(_message.Message):
-    __slots__ = ("protocol_version", "worker_id", "node_name", "address", "device", "device_name", "num_threads", "free_memory_bytes", "total_memory_bytes", "isa", "process_id", "versions")
+    __slots__ = ("protocol_version", "worker_id", "node_name", "address", "device", "device_name", "num_threads", "free_memory_bytes", "total_memory_bytes", "isa", "process_id", "versions", "process_bytes", "free_host_bytes")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,8 @@ class HelloResponse(_message.Message):
     ISA_FIELD_NUMBER: _ClassVar[int]
     PROCESS_ID_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_HOST_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     worker_id: str
     node_name: str
@@ -48,7 +50,9 @@ class HelloResponse(_message.Message):
     isa: str
     process_id: int
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_threads: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., isa: _Optional[str] = ..., process_id: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    process_bytes: int
+    free_host_bytes: int
+    def __init__(self, protocol_version: _Optional[int] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., device: _Optional[str] = ..., device_name: _Optional[str] = ..., num_threads: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., isa: _Optional[str] = ..., process_id: _Optional[int] = ..., versions: _Optional[_Mapping[str, str]] = ..., process_bytes: _Optional[int] = ..., free_host_bytes: _Optional[int] = ...) -> None: ...
 
 class MeasureModelRequest(_message.Message):
     __slots__ = ("config_json",)
@@ -69,7 +73,7 @@ class WeightCount(_message.Message):
     def __init__(self, num_linear: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_kept: _Optional[int] = ..., num_small: _Optional[int] = ...) -> None: ...
 
 class MeasureModelResponse(_message.Message):
-    __slots__ = ("blocks", "experts", "num_experts", "embedding_num_parameters", "head", "kv_elements_per_token", "hidden_size", "num_output_elements")
+    __slots__ = ("blocks", "experts", "num_experts", "embedding_num_parameters", "head", "kv_elements_per_token", "hidden_size", "num_output_elements", "num_heads", "rotary_elements_per_token")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXPERTS_FIELD_NUMBER: _ClassVar[int]
@@ -78,6 +82,8 @@ class MeasureModelResponse(_message.Message):
     KV_ELEMENTS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     NUM_OUTPUT_ELEMENTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_HEADS_FIELD_NUMBER: _ClassVar[int]
+    ROTARY_ELEMENTS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[WeightCount]
     experts: _containers.RepeatedCompositeFieldContainer[WeightCount]
     num_experts: int
@@ -86,7 +92,9 @@ class MeasureModelResponse(_message.Message):
     kv_elements_per_token: _containers.RepeatedScalarFieldContainer[int]
     hidden_size: int
     num_output_elements: int
-    def __init__(self, blocks: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., num_experts: _Optional[int] = ..., embedding_num_parameters: _Optional[int] = ..., head: _Optional[_Union[WeightCount, _Mapping]] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ..., num_output_elements: _Optional[int] = ...) -> None: ...
+    num_heads: int
+    rotary_elements_per_token: int
+    def __init__(self, blocks: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., experts: _Optional[_Iterable[_Union[WeightCount, _Mapping]]] = ..., num_experts: _Optional[int] = ..., embedding_num_parameters: _Optional[int] = ..., head: _Optional[_Union[WeightCount, _Mapping]] = ..., kv_elements_per_token: _Optional[_Iterable[int]] = ..., hidden_size: _Optional[int] = ..., num_output_elements: _Optional[int] = ..., num_heads: _Optional[int] = ..., rotary_elements_per_token: _Optional[int] = ...) -> None: ...
 
 class LoadSpanRequest(_message.Message):
     __slots__ = ("epoch", "stage", "num_stages", "first_block", "end_block", "config_json", "hub", "folder", "weight_files", "weight_map", "precision", "kv_dtype", "wire_dtype", "num_pages", "page_size", "max_context", "is_exact", "store", "holders", "compute_dtype", "outlier_threshold", "num_streamed", "ring_bytes", "memory_bytes", "expert_cache_bytes")

@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from cluster.cli.console import duration, size
-from cluster.cli.display import ClusterDisplay, TimeLeft, cluster_table
+from cluster.cli.display import ClusterDisplay, TimeLeft, cluster_table, cluster_view, memory_table
 from cluster.client.values import read_cluster
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.testing.generation import ready_status
@@ -38,8 +38,9 @@ def test_elsewhere_than_in_a_terminal_a_line_per_tenth_and_per_state():
             display.show(downloading(num_bytes))
         display.show(ready_status(num_stages=1))
         display.show(ready_status(num_stages=1))
+    told = [line for line in console.file.getvalue().splitlines() if line.startswith("stage 0")]
     lines = console.file.getvalue().splitlines()
-    assert lines[:3] == [
+    assert told == [
         "stage 0 on node-a: downloading 0 B of 1000 B",
         "stage 0 on node-a: downloading 150 B of 1000 B",
         "stage 0 on node-a: downloading 1000 B of 1000 B",
@@ -90,3 +91,40 @@ def test_sizes_and_times_are_for_people():
         "3.0 TiB",
     ]
     assert [duration(n) for n in (0.4, 59, 61, 3661)] == ["0 s", "59 s", "1 min 1 s", "1 h 1 min"]
+
+
+def streaming():
+    status = ready_status(num_stages=1)
+    status.advice = "--precision int8 would fit without streaming"
+    status.max_step_tokens = 2048
+    stage = status.stages[0]
+    stage.weight_bytes = stage.resident_bytes = 30 * 2**30
+    stage.streamed_bytes, stage.num_streamed, stage.ring_bytes = 10 * 2**30, 7, 384 * 2**20
+    stage.buffer_bytes, stage.read_bytes, stage.busy_seconds = 500 * 2**20, 100 * 2**30, 50.0
+    stage.stall_seconds, stage.disk_bytes_per_second = 12.0, 1.5 * 2**30
+    return read_cluster(status)
+
+
+def printed(table):
+    console = Console(file=io.StringIO(), width=160, color_system=None)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_memory_is_shown_as_planned_once_and_before_anything_is_loaded():
+    text = printed(memory_table(streaming()))
+    for part in ("30.0 GiB", "7 parts, 10.0 GiB", "384.0 MiB", "500.0 MiB", "4.0 GiB", "512 tokens at most", "2048"):
+        assert part in text
+    assert "--precision int8 would fit without streaming" in text
+    console = console_of(is_terminal=False)
+    with ClusterDisplay(console) as display:
+        display.show(downloading(0))
+        display.show(downloading(10))
+    assert console.file.getvalue().count("memory for fake") == 1
+
+
+def test_status_of_a_streamed_stage_tells_share_speed_and_waiting():
+    text = printed(cluster_view(streaming()))
+    for part in ("30.0 GiB, 75%", "10.0 GiB", "100.0 GiB", "2.0 GiB/s", "1.5 GiB/s", "12 s"):
+        assert part in text
+    assert "weights from disk" not in printed(cluster_view(read_cluster(ready_status())))

@@ -51,10 +51,11 @@ def test_a_flag_may_take_back_what_the_file_says(tmp_path):
 
 def test_sizes_are_understood_from_everywhere(tmp_path):
     file = tmp_path / "serve.toml"
-    file.write_text('memory = "1GiB"\nkv_memory = 4096\n')
-    assert load(parse("m"), file).memory == 2**30
+    file.write_text('memory = "1GiB"\nkv_memory = 4096\ngpu-memory = 4096\n')
+    assert load(parse("m"), file).gpu_memory == "4096"
+    assert load(parse("m"), file).memory == "1GiB"
     assert load(parse("m"), file).kv_memory == 4096
-    assert load(parse("m", "--memory", "2GiB"), file).memory == 2**31
+    assert load(parse("m", "--memory", "2GiB,big=4GiB"), file).memory == "2GiB,big=4GiB"
     assert load(parse("m", env={"SPANWISE_KV_MEMORY": "1MB"}), None).kv_memory == 10**6
 
 
@@ -101,7 +102,8 @@ def test_no_model_is_an_error_that_says_how_to_name_one():
 def test_arguments_give_the_same_settings_again():
     config = replace(
         ServeConfig(model="org/name"),
-        **{"workers": 3, "exact": True, "memory": 2**33, "gpus": 0.5, "stage_ports": "7100-7110", "step_timeout": 9.5},
+        **{"workers": 3, "exact": True, "memory": "8GiB", "kv_memory": 2**33, "discard_source": True},
+        **{"gpus": 0.5, "stage_ports": "7100-7110", "step_timeout": 9.5},
     )
     assert load(parse(*to_arguments(config)), None) == config
 

@@ -1,0 +1,280 @@
+"""What a span takes of a worker's memory, in bytes, before anything is loaded.
+
+A stage holds weights, keys and values, a ring of buffers where weights are read from disk at every pass, and working
+buffers. Resident weights and keys and values share one account, between which the worker shifts: where blocks are
+streamed, there are as many pages as would fit were all of them streamed. Of a model of experts, experts that do not fit
+are read on demand and cached; everything else stays.
+
+Covers arithmetic on counts; `coordinator.placement` chooses spans by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from cluster.load_order import SLICE_BYTES
+from cluster.model_spec import ModelSizes, Precision
+from cluster.placement import MemoryPlan, WorkerInfo
+from cluster.span import Span, streaming_order
+from coordinator.pages import num_pages_for
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+GPU_SLOTS = 2  # of the ring's, on a GPU: one being used, one arriving
+MIN_RING_SLOTS, MAX_RING_SLOTS = 3, 8  # one being read, one being used, one between; more smooth a disk's pauses
+RING_SHARE = 32  # of the budget, beyond MIN_RING_SLOTS: what the ring takes, every pass has to read
+STREAMED_BUFFER_SHARE = 8  # of the budget: for the activations of a prompt that passes streamed blocks in one step
+CACHE_SHARE = 4  # of what is left goes to keys and values where it is not the worker that shifts
+PADDING_BYTES = 1 << 18  # of a small slice, whose tensors are aligned
+
+SCORE_BYTES = 3 * (4 << 20)  # attention bounds its tiles of scores: these, their mask, their exponentials
+LOGITS_BYTES = 32 << 20  # of the head's output at a time
+LOGITS_COPIES = 8  # that sampling takes up to, for a moment
+LOGITS_TILE = 16  # rows that the head computes at least
+PAYLOAD_COPIES = 4  # of hidden states: received, being received, being sent, and as bytes
+PROCESS_BYTES = 64 << 20  # of connections, threads and what allocators keep
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementOptions:
+    """What model and settings say about memory."""
+
+    precision: Precision
+    kv_dtype: str  # "auto", "fp32", "bf16" or "fp16"
+    page_size: int
+    max_context: int
+    max_running: int
+    kv_memory_bytes: int  # per stage; 0: what is left, at most what max_running x max_context needs
+    generation: int
+    max_step_tokens: int = 512
+    compute_dtype: str = "auto"  # likewise
+    is_precision_fixed: bool = False  # the checkpoint comes in this one
+
+    @property
+    def min_pages(self) -> int:
+        """Pages of one sequence as long as the context."""
+        return num_pages_for(self.max_context, self.page_size)
+
+
+class Ledger:
+    """What the spans of one model cost. `step_tokens` is that of the largest step."""
+
+    def __init__(self, sizes: ModelSizes, options: PlacementOptions, step_tokens: int) -> None:
+        self.options, self.step_tokens = options, step_tokens
+        self._sizes = sizes
+        precision = options.precision
+        self._large = [count.large_bytes(precision) for count in sizes.blocks]
+        self._head_bytes = sizes.head.large_bytes(precision)
+        self._large_sums = [0, *accumulate(self._large)]
+        self._small_sums = [0, *accumulate(count.small_bytes(precision) for count in sizes.blocks)]
+        self._expert_sums = [0, *accumulate(count.large_bytes(precision) for count in sizes.experts)]
+        self._kv_sums = [0, *accumulate(sizes.kv_elements_per_token)]
+
+    # --- what a span consists of -------------------------------------------------------------------------------------
+
+    def is_last(self, span: Span) -> bool:
+        return span.end == len(self._large)
+
+    def large_bytes(self, span: Span) -> int:
+        """Return the bytes of the span's linear layers, the head's for the last stage."""
+        head = self._head_bytes if self.is_last(span) else 0
+        return self._large_sums[span.end] - self._large_sums[span.start] + head
+
+    def small_bytes(self, span: Span) -> int:
+        """Return the bytes that stay in memory whatever is streamed: norms, biases, scales, tables of positions."""
+        num_bytes = self._small_sums[span.end] - self._small_sums[span.start]
+        if span.start == 0:  # what follows the embedding; its rows are read from a memory map
+            num_bytes += 4 * max(0, self._sizes.embedding_num_parameters - self._sizes.head.num_linear)
+        if self.is_last(span):
+            num_bytes += self._sizes.head.small_bytes(self.options.precision)
+        return num_bytes + 4 * self.options.max_context * self._sizes.rotary_elements_per_token
+
+    def weight_bytes(self, span: Span) -> int:
+        """Return the bytes of all of the span's weights."""
+        return self.large_bytes(span) + self.small_bytes(span)
+
+    def expert_bytes(self, span: Span) -> int:
+        """Return the bytes of the span's experts."""
+        return self._expert_sums[span.end] - self._expert_sums[span.start]
+
+    # --- what else it needs ------------------------------------------------------------------------------------------
+
+    def page_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the bytes of one page over the blocks of the span."""
+        elements = self._kv_sums[span.end] - self._kv_sums[span.start]
+        return elements * self.options.page_size * self._kv_element_bytes(worker)
+
+    def min_kv_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the bytes of one sequence as long as the context."""
+        return self.options.min_pages * self.page_bytes(worker, span)
+
+    def buffer_bytes(self, span: Span) -> int:
+        """Return the most that computing a step takes for a moment, or loading: the two never coincide."""
+        computing = self.step_tokens * self._bytes_per_token() + self._score_bytes() + self._logits_bytes(span)
+        loading = 2 * min(SLICE_BYTES, self._largest_part(span))  # one piece as stored and as it is multiplied
+        return PROCESS_BYTES + max(computing, loading)
+
+    def affordable_step_tokens(self, span: Span, buffer_bytes: int) -> int:
+        """Return how many tokens a step may have for its buffers to stay within `buffer_bytes`."""
+        rest = buffer_bytes - PROCESS_BYTES - self._score_bytes() - self._logits_bytes(span)
+        return max(0, rest // self._bytes_per_token())
+
+    def ring_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the size of the ring of a stage that streams, in the machine's own memory."""
+        slots = _host_bytes(worker) // RING_SHARE // self._slot_bytes(span)
+        return self._slot_bytes(span) * min(MAX_RING_SLOTS, max(MIN_RING_SLOTS, slots))
+
+    def host_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return what a worker with a GPU takes of the machine's own memory; 0 for others, whose budget that is."""
+        if worker.device == "cpu":
+            return 0
+        passing = 0 if self.is_resident(worker, span) else self.ring_bytes(worker, span)
+        return PROCESS_BYTES + max(passing, 2 * self._slot_bytes(span))
+
+    # --- what follows for a worker -----------------------------------------------------------------------------------
+
+    def room(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the bytes for weights, keys, values and ring."""
+        return worker.free_memory_bytes - self.buffer_bytes(span)
+
+    def is_resident(self, worker: WorkerInfo, span: Span) -> bool:
+        """Tell whether nothing needs to be read from disk."""
+        return self.weight_bytes(span) + self.min_kv_bytes(worker, span) <= self.room(worker, span)
+
+    def least_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the least memory that the span needs: with all that can be streamed being streamed, or with nothing
+        if that is less."""
+        always = self.buffer_bytes(span) + self.min_kv_bytes(worker, span) + self.small_bytes(span)
+        streamed = self._stays_bytes(span) + self._ring_share(worker, span)
+        return always + min(self.large_bytes(span), streamed)
+
+    def can_serve(self, worker: WorkerInfo, span: Span) -> bool:
+        """Tell whether the span fits, streamed as far as it must be, with one sequence as long as the context."""
+        limit = self.options.kv_memory_bytes
+        has_host = self.host_bytes(worker, span) <= worker.free_host_bytes
+        has_pages = not limit or self.min_kv_bytes(worker, span) <= limit
+        return has_pages and self.least_bytes(worker, span) <= worker.free_memory_bytes and has_host
+
+    def shortfall_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return how much a pass reads at least, as if blocks could be divided."""
+        if self.is_resident(worker, span):
+            return 0
+        needed = self.weight_bytes(span) + self.min_kv_bytes(worker, span) + self._ring_share(worker, span)
+        return needed - self.room(worker, span)
+
+    def max_pages(self, worker: WorkerInfo, span: Span) -> int:
+        """Return how many pages fit beside the weights that stay, of those that can be of use."""
+        room = self.room(worker, span)
+        if self.is_resident(worker, span):
+            left = room - self.weight_bytes(span)
+        else:
+            left = room - self._ring_share(worker, span) - self.small_bytes(span) - self._stays_bytes(span)
+            if not self._can_shift(worker):
+                left = max(self.min_kv_bytes(worker, span), left // CACHE_SHARE)
+        if self.options.kv_memory_bytes:
+            left = min(left, self.options.kv_memory_bytes)
+        page_bytes = max(1, self.page_bytes(worker, span))
+        return min(self.options.max_running * self.options.min_pages, left // page_bytes)
+
+    def plan(self, worker: WorkerInfo, span: Span, num_pages: int) -> MemoryPlan:
+        """Return how the worker's memory is divided when it serves the span with so many pages."""
+        kv_bytes = num_pages * self.page_bytes(worker, span)
+        small, large, room = self.small_bytes(span), self.large_bytes(span), self.room(worker, span)
+        ring, num_streamed, streamed, cache = 0, 0, 0, 0
+        if self.is_resident(worker, span):
+            shared = small + large + kv_bytes
+        elif self._has_experts:
+            ring, streamed = self.ring_bytes(worker, span), self.expert_bytes(span)
+            shared = small + large - streamed + kv_bytes
+            cache = room - self._ring_share(worker, span) - shared
+        else:
+            ring = self.ring_bytes(worker, span)
+            shared = room - self._ring_share(worker, span)
+            held = self.min_kv_bytes(worker, span) if self._can_shift(worker) else kv_bytes
+            num_streamed, streamed = self._least_streamed(span, small + large + held - shared)
+        return MemoryPlan(
+            budget_bytes=worker.free_memory_bytes,
+            weight_bytes=small + large - streamed,
+            streamed_bytes=streamed,
+            num_streamed=num_streamed,
+            kv_bytes=kv_bytes,
+            shared_bytes=shared,
+            ring_bytes=ring,
+            buffer_bytes=self.buffer_bytes(span),
+            expert_cache_bytes=cache,
+        )
+
+    # --- details -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _has_experts(self) -> bool:
+        return self._sizes.num_experts > 0
+
+    def _slot_bytes(self, span: Span) -> int:
+        return min(SLICE_BYTES, self._largest_part(span) + PADDING_BYTES)
+
+    def _ring_share(self, worker: WorkerInfo, span: Span) -> int:
+        """Return what the ring takes of the worker's budget: all of it, or on a GPU what is copied there from it."""
+        return self.ring_bytes(worker, span) if worker.device == "cpu" else GPU_SLOTS * self._slot_bytes(span)
+
+    def _can_shift(self, worker: WorkerInfo) -> bool:
+        """Tell whether pages take memory only once they are used, so that blocks can have it until then."""
+        return worker.device == "cpu" and not self._has_experts
+
+    def _stays_bytes(self, span: Span) -> int:
+        """Return the bytes of linear layers that are never streamed: all but experts, of which as many as a token
+        takes in one block are held at least."""
+        if not self._has_experts:
+            return 0
+        one_expert = max(count.large_bytes(self.options.precision) for count in self._sizes.experts)
+        return self.large_bytes(span) - self.expert_bytes(span) + one_expert // self._sizes.num_experts
+
+    def _least_streamed(self, span: Span, excess_bytes: int) -> tuple[int, int]:
+        """Return how many parts to stream, in streaming order, to be rid of `excess_bytes`; and their bytes."""
+        parts = [self._large[span.start + index] for index in streaming_order(len(span))]
+        if self.is_last(span):
+            parts.append(self._head_bytes)
+        for count, streamed in enumerate(accumulate(parts), start=1):
+            if streamed >= excess_bytes:
+                return count, streamed
+        return len(parts), sum(parts)
+
+    def _largest_part(self, span: Span) -> int:
+        largest = max(self._large[span.start : span.end])
+        return max(largest, self._head_bytes) if self.is_last(span) else largest
+
+    def _bytes_per_token(self) -> int:
+        sizes = self._sizes
+        return 4 * (sizes.num_output_elements + PAYLOAD_COPIES * sizes.hidden_size)
+
+    def _score_bytes(self) -> int:
+        return max(SCORE_BYTES, 3 * 4 * self._sizes.num_heads * self.options.max_context)
+
+    def _logits_bytes(self, span: Span) -> int:
+        if not self.is_last(span):
+            return 0
+        row_bytes = 4 * self._sizes.head.num_rows
+        rows = max(self.options.max_running, self.options.max_context)
+        return LOGITS_COPIES * min(rows * row_bytes, max(LOGITS_BYTES, LOGITS_TILE * row_bytes))
+
+    def _kv_element_bytes(self, worker: WorkerInfo) -> int:
+        """Return the size of a key's or value's element. "auto" is the compute dtype: fp32 on a CPU, where a CPU that
+        computes in bf16 will use less than it is charged; on a GPU that of 16-bit weights, else bf16."""
+        named = self.options.kv_dtype if self.options.kv_dtype != "auto" else self.options.compute_dtype
+        if named != "auto":
+            return DTYPE_BYTES[named]
+        return 4 if worker.device == "cpu" else DTYPE_BYTES.get(self.options.precision.value, 2)
+
+
+def _host_bytes(worker: WorkerInfo) -> int:
+    return worker.free_memory_bytes if worker.device == "cpu" else worker.free_host_bytes
+
+
+def lighter_precisions(options: PlacementOptions) -> Sequence[Precision]:
+    """Return the precisions that take less memory than that of the options, the most accurate first."""
+    if options.is_precision_fixed:
+        return ()
+    order = (Precision.BF16, Precision.INT8, Precision.NF4)
+    return [other for other in order if other.bits_per_parameter < options.precision.bits_per_parameter]
