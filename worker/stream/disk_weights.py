@@ -1,0 +1,56 @@
+"""What a stage owns of weights on disk: readers, the ring with its residency, the experts' cache, and their counters.
+
+Covers opening and closing them together and a step's account; `worker.loading` builds the modules over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cluster.microbatch import WeightTraffic
+from worker.kv_cache import KVCache
+from worker.stream.experts import ExpertCache
+from worker.stream.readers import Readers
+from worker.stream.residency import Residency
+from worker.stream.ring import ReadCounters, SliceRing
+from worker.stream.streamed_file import StreamedFile
+
+
+@dataclass(slots=True)
+class DiskWeights:
+    """Owned by one stage. All methods are the compute thread's."""
+
+    readers: Readers
+    counters: ReadCounters
+    files: Sequence[StreamedFile]
+    ring: SliceRing | None = None
+    residency: Residency | None = None  # with a ring
+    experts: ExpertCache | None = None
+
+    def begin_pass(self, cache: KVCache, place: Callable[[int, nn.Module], None]) -> None:
+        """Shift parts between memory and disk as the pages in use demand, see Residency."""
+        if self.residency is not None:
+            self.residency.make_room(cache, place)
+        self.counters.read_bytes = self.counters.stall_ns = 0
+
+    def end_pass(self, resident_bytes: int) -> WeightTraffic:
+        """Account for the pass, and let the readers run ahead into the next one.
+
+        `resident_bytes` are those of weights that always stay in memory.
+        """
+        if self.ring is not None:
+            self.ring.release()
+        if self.residency is not None:
+            resident_bytes += self.residency.weight_bytes
+        if self.experts is not None:
+            resident_bytes += self.experts.cached_bytes
+        return WeightTraffic(self.counters.read_bytes, self.counters.stall_ns, resident_bytes)
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self.readers.close()
+        for file in self.files:
+            file.close()
