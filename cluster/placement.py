@@ -43,10 +43,12 @@ class WorkerInfo:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """How a stage divides the memory that its worker may use. Weights and keys and values share `shared_bytes`."""
+    """How a stage divides the memory that its worker may use. Weights that can be streamed share `shared_bytes` with
+    keys and values; small tensors are always held."""
 
     budget_bytes: int
-    weight_bytes: int  # resident when it is loaded
+    weight_bytes: int  # resident when it is loaded, small tensors included
+    small_bytes: int
     streamed_bytes: int  # read from disk at every pass; of experts: those that are read on demand
     num_streamed: int  # parts that are streamed, see `cluster.span.streaming_order`
     kv_bytes: int  # of all pages

@@ -1,9 +1,9 @@
 """What a span takes of a worker's memory, in bytes, before anything is loaded.
 
 A stage holds weights, keys and values, a ring of buffers where weights are read from disk at every pass, and working
-buffers. Resident weights and keys and values share one account, between which the worker shifts: where blocks are
-streamed, there are as many pages as would fit were all of them streamed. Of a model of experts, experts that do not fit
-are read on demand and cached; everything else stays.
+buffers. Weights that can be streamed and keys and values share one account, between which the worker shifts: where
+blocks are streamed, there are as many pages as would fit were all of them streamed. Of a model of experts, experts
+that do not fit are read on demand and cached; everything else stays.
 
 Covers arithmetic on counts; `coordinator.placement` chooses spans by it.
 """
@@ -27,12 +27,15 @@ MIN_RING_SLOTS, MAX_RING_SLOTS = 3, 8  # one being read, one being used, one bet
 RING_SHARE = 32  # of the budget, beyond MIN_RING_SLOTS: what the ring takes, every pass has to read
 STREAMED_BUFFER_SHARE = 8  # of the budget: for the activations of a prompt that passes streamed blocks in one step
 CACHE_SHARE = 4  # of what is left goes to keys and values where it is not the worker that shifts
+MIN_EXPERTS = 2  # in the cache: one computed with, one being read
 PADDING_BYTES = 1 << 18  # of a small slice, whose tensors are aligned
 
 SCORE_BYTES = 3 * (4 << 20)  # attention bounds its tiles of scores: these, their mask, their exponentials
 LOGITS_BYTES = 32 << 20  # of the head's output at a time
 LOGITS_COPIES = 8  # that sampling takes up to, for a moment
 LOGITS_TILE = 16  # rows that the head computes at least
+PIECE_COPIES = 3  # of what is read at once: as stored, joined with others, and as it is multiplied
+OUTLIER_FACTOR = 2  # int8 computes two more rows for every row with outliers, for the layers that share an input
 PAYLOAD_COPIES = 4  # of hidden states: received, being received, being sent, and as bytes
 PROCESS_BYTES = 64 << 20  # of connections, threads and what allocators keep
 
@@ -113,7 +116,7 @@ class Ledger:
     def buffer_bytes(self, span: Span) -> int:
         """Return the most that computing a step takes for a moment, or loading: the two never coincide."""
         computing = self.step_tokens * self._bytes_per_token() + self._score_bytes() + self._logits_bytes(span)
-        loading = 2 * min(SLICE_BYTES, self._largest_part(span))  # one piece as stored and as it is multiplied
+        loading = PIECE_COPIES * min(SLICE_BYTES, self._largest_part(span))
         return PROCESS_BYTES + max(computing, loading)
 
     def affordable_step_tokens(self, span: Span, buffer_bytes: int) -> int:
@@ -122,7 +125,9 @@ class Ledger:
         return max(0, rest // self._bytes_per_token())
 
     def ring_bytes(self, worker: WorkerInfo, span: Span) -> int:
-        """Return the size of the ring of a stage that streams, in the machine's own memory."""
+        """Return the size of the ring of a stage that streams, in the machine's own memory. Experts need none."""
+        if self._has_experts:
+            return 0
         slots = _host_bytes(worker) // RING_SHARE // self._slot_bytes(span)
         return self._slot_bytes(span) * min(MAX_RING_SLOTS, max(MIN_RING_SLOTS, slots))
 
@@ -131,7 +136,7 @@ class Ledger:
         if worker.device == "cpu":
             return 0
         passing = 0 if self.is_resident(worker, span) else self.ring_bytes(worker, span)
-        return PROCESS_BYTES + max(passing, 2 * self._slot_bytes(span))
+        return PROCESS_BYTES + max(passing, PIECE_COPIES * self._slot_bytes(span))
 
     # --- what follows for a worker -----------------------------------------------------------------------------------
 
@@ -148,7 +153,7 @@ class Ledger:
         if that is less."""
         always = self.buffer_bytes(span) + self.min_kv_bytes(worker, span) + self.small_bytes(span)
         streamed = self._stays_bytes(span) + self._ring_share(worker, span)
-        return always + min(self.large_bytes(span), streamed)
+        return max(always + min(self.large_bytes(span), streamed), self._conversion_bytes(span))
 
     def can_serve(self, worker: WorkerInfo, span: Span) -> bool:
         """Tell whether the span fits, streamed as far as it must be, with one sequence as long as the context."""
@@ -181,22 +186,24 @@ class Ledger:
     def plan(self, worker: WorkerInfo, span: Span, num_pages: int) -> MemoryPlan:
         """Return how the worker's memory is divided when it serves the span with so many pages."""
         kv_bytes = num_pages * self.page_bytes(worker, span)
-        small, large, room = self.small_bytes(span), self.large_bytes(span), self.room(worker, span)
-        ring, num_streamed, streamed, cache = 0, 0, 0, 0
+        small, large = self.small_bytes(span), self.large_bytes(span)
+        room = self.room(worker, span) - small
+        ring = num_streamed = streamed = cache = 0
         if self.is_resident(worker, span):
-            shared = small + large + kv_bytes
+            shared = large + kv_bytes
         elif self._has_experts:
-            ring, streamed = self.ring_bytes(worker, span), self.expert_bytes(span)
-            shared = small + large - streamed + kv_bytes
-            cache = room - self._ring_share(worker, span) - shared
+            streamed = self.expert_bytes(span)
+            shared = large - streamed + kv_bytes
+            cache = room - shared
         else:
             ring = self.ring_bytes(worker, span)
             shared = room - self._ring_share(worker, span)
             held = self.min_kv_bytes(worker, span) if self._can_shift(worker) else kv_bytes
-            num_streamed, streamed = self._least_streamed(span, small + large + held - shared)
+            num_streamed, streamed = self._least_streamed(span, large + held - shared)
         return MemoryPlan(
             budget_bytes=worker.free_memory_bytes,
             weight_bytes=small + large - streamed,
+            small_bytes=small,
             streamed_bytes=streamed,
             num_streamed=num_streamed,
             kv_bytes=kv_bytes,
@@ -217,19 +224,26 @@ class Ledger:
 
     def _ring_share(self, worker: WorkerInfo, span: Span) -> int:
         """Return what the ring takes of the worker's budget: all of it, or on a GPU what is copied there from it."""
-        return self.ring_bytes(worker, span) if worker.device == "cpu" else GPU_SLOTS * self._slot_bytes(span)
+        ring = self.ring_bytes(worker, span)
+        return ring if worker.device == "cpu" else min(ring, GPU_SLOTS * self._slot_bytes(span))
 
     def _can_shift(self, worker: WorkerInfo) -> bool:
         """Tell whether pages take memory only once they are used, so that blocks can have it until then."""
         return worker.device == "cpu" and not self._has_experts
 
     def _stays_bytes(self, span: Span) -> int:
-        """Return the bytes of linear layers that are never streamed: all but experts, of which as many as a token
-        takes in one block are held at least."""
+        """Return the bytes of linear layers that are never streamed: all but experts, of which some are cached."""
         if not self._has_experts:
             return 0
-        one_expert = max(count.large_bytes(self.options.precision) for count in self._sizes.experts)
-        return self.large_bytes(span) - self.expert_bytes(span) + one_expert // self._sizes.num_experts
+        all_experts = max(count.large_bytes(self.options.precision) for count in self._sizes.experts)
+        one_expert = all_experts // self._sizes.num_experts + PADDING_BYTES
+        return self.large_bytes(span) - self.expert_bytes(span) + MIN_EXPERTS * one_expert
+
+    def _conversion_bytes(self, span: Span) -> int:
+        """Return what encoding the largest weight takes, before anything is loaded: of a block at most half."""
+        return PROCESS_BYTES + max(
+            self._head_bytes if self.is_last(span) else 0, max(self._large[span.start : span.end]) // 2
+        )
 
     def _least_streamed(self, span: Span, excess_bytes: int) -> tuple[int, int]:
         """Return how many parts to stream, in streaming order, to be rid of `excess_bytes`; and their bytes."""
@@ -247,7 +261,8 @@ class Ledger:
 
     def _bytes_per_token(self) -> int:
         sizes = self._sizes
-        return 4 * (sizes.num_output_elements + PAYLOAD_COPIES * sizes.hidden_size)
+        factor = OUTLIER_FACTOR if self.options.precision is Precision.INT8 else 1
+        return 4 * (factor * sizes.num_output_elements + PAYLOAD_COPIES * sizes.hidden_size)
 
     def _score_bytes(self) -> int:
         return max(SCORE_BYTES, 3 * 4 * self._sizes.num_heads * self.options.max_context)
