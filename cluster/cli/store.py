@@ -140,7 +140,7 @@ def _as_json(entry: StoreEntry) -> dict[str, object]:
 
 
 def _print_table(root: Path, entries: Sequence[StoreEntry]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from cluster.cli.console import size, stdout
 
@@ -148,7 +148,8 @@ def _print_table(root: Path, entries: Sequence[StoreEntry]) -> None:
     if not entries:
         console.print(f"nothing is converted in {root}", soft_wrap=True)
         return
-    table = Table("name", "model", "precision", "format", "parts", "size", "last used")
+    table = Table(Column("name", overflow="fold"), "model", "precision", "format", "parts", "size", "last used")
+
     for entry in entries:
         table.add_row(entry.key, *_described(entry), _parts_text(entry), size(entry.num_bytes), _date(entry.last_used))
     console.print(table)
@@ -206,7 +207,8 @@ def _tell_damage(entry: StoreEntry, damages: Sequence[Damage], *, is_removed: bo
     from worker.store.inventory import remove_damaged
 
     if not damages:
-        typer.echo(f"{entry.key}: {len(entry.parts)} parts are whole")
+        count = len(entry.parts)
+        typer.echo(f"{entry.key}: {count} part{' is' if count == 1 else 's are'} whole")
         return
     busy = remove_damaged(entry.store, [damage.part for damage in damages]) if is_removed else []
     for damage in damages:
@@ -233,6 +235,6 @@ def _remove(entries: Sequence[StoreEntry], remove: Callable[[StoreEntry], Pruned
     for entry in entries:
         pruned = remove(entry)
         removed += pruned.num_bytes
-        if pruned.in_use:
-            typer.echo(f"{entry.key}: {', '.join(pruned.in_use)} stay, since another process uses them")
+        for part in pruned.in_use:
+            typer.echo(f"{entry.key}: {part} is in use by another process and stays")
     typer.echo(f"removed {size(removed)}")
