@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.model_spec import Precision
-from worker.numerics import choose_compute_dtype, has_native_bf16, isa
+from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, isa
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,23 @@ from worker.numerics import choose_compute_dtype, has_native_bf16, isa
         (Precision.FP16, "cuda", False, torch.float16),
         (Precision.BF16, "cuda", False, torch.bfloat16),
         (Precision.FP32, "cuda", False, torch.float32),
+        (Precision.NF4, "cpu", True, torch.bfloat16),
+        (Precision.NF4, "cpu", False, torch.float32),
+        (Precision.INT8, "cpu", True, torch.float32),
+        (Precision.NF4, "cuda", False, torch.bfloat16),
+        (Precision.INT8, "cuda", False, torch.bfloat16),
     ],
 )
 def test_compute_dtype_follows_what_the_device_does_well(
     precision: Precision, device: str, is_bf16_native: bool, expected: torch.dtype
 ) -> None:
     assert choose_compute_dtype(precision, torch.device(device), is_bf16_native=is_bf16_native) == expected
+
+
+def test_the_setting_decides_the_compute_dtype() -> None:
+    for asked, expected in DTYPES.items():
+        chosen = choose_compute_dtype(Precision.NF4, torch.device("cpu"), is_bf16_native=True, asked=asked)
+        assert chosen == expected
 
 
 def test_isa_names_instructions_and_vendor(tmp_path: Path) -> None:

@@ -50,8 +50,9 @@ def _build_int8(group: list[tuple[StoredWeight, Tensor | None]], numerics: Linea
 def _build_one(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics, scratch: Scratch) -> nn.Module:
     bias = None if bias is None else bias.to(numerics.compute)
     if weight.kind is Precision.NF4:
-        return build_nf4(weight, bias, numerics, scratch)
-    linear = build_floating(weight, bias, numerics, scratch)
+        linear = build_nf4(weight, bias, numerics)
+    else:
+        linear = build_floating(weight, bias, numerics, scratch)
     if numerics.is_exact and not weight.is_streamed:
         check_rows(linear, torch.zeros(1, weight.shape[1], dtype=numerics.compute, device=numerics.device))
     return linear

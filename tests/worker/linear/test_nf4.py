@@ -1,0 +1,158 @@
+"""Linear layers over NF4 weights: right, the same streamed as resident, and a row the same in any company."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cluster.model_spec import Precision
+from worker.linear.base import LinearNumerics
+from worker.linear.nf4 import (
+    PackedNf4Linear,
+    TiledNf4Linear,
+    build_nf4,
+    has_packed_product,
+)
+from worker.quantization.nf4 import decode, encode, rows_per_tile
+from worker.stored_weight import MemoryWeight, Piece
+
+CPU = torch.device("cpu")
+COMPUTE = [torch.float32, torch.bfloat16]
+SHAPES = [(96, 128), (97, 64), (40, 192), (50, 48), (7, 100), (33, 51), (600, 4096)]
+packed_only = pytest.mark.skipif(not has_packed_product(), reason="this CPU does not multiply codes directly")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamedWeight:
+    """A weight whose pieces lose their content when the next one is asked for, as those in a ring do."""
+
+    whole: MemoryWeight
+    name: str = "streamed"
+    is_streamed: bool = True
+
+    @property
+    def kind(self) -> Precision:
+        return self.whole.kind
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.whole.shape
+
+    @property
+    def small(self) -> dict[str, Tensor]:
+        return dict(self.whole.small)
+
+    def pieces(self) -> Iterator[Piece]:
+        for piece in self.whole.held:
+            copies = {role: tensor.clone() for role, tensor in piece.tensors.items()}
+            yield Piece(piece.first_row, piece.num_rows, copies)
+            for tensor in copies.values():
+                tensor.fill_(0xAB)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def cut(weight: MemoryWeight, num_rows: int) -> MemoryWeight:
+    """Return the same weight in pieces of about `num_rows`."""
+    total, num_columns = weight.shape
+    step = rows_per_tile(num_columns, num_rows * num_columns)
+    tensors = weight.held[0].tensors
+    pieces = []
+    for first in range(0, total, step):
+        last = min(first + step, total)
+        codes = tensors["weight"][first * num_columns // 2 : -(-last * num_columns // 2)]
+        absmax = tensors["absmax"][first * num_columns // 64 : -(-last * num_columns // 64)]
+        pieces.append(Piece(first, last - first, {"weight": codes, "absmax": absmax}))
+    return MemoryWeight(weight.name, weight.kind, weight.shape, weight.small, tuple(pieces))
+
+
+def numerics(compute: torch.dtype, *, is_exact: bool = False) -> LinearNumerics:
+    return LinearNumerics(compute, CPU, is_exact)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_multiplies_with_the_decoded_weight(shape: tuple[int, int], compute: torch.dtype, has_bias: bool) -> None:
+    weight = encode("weight", random(*shape))
+    bias = random(shape[0], seed=2).to(compute) if has_bias else None
+    x = random(2, 5, shape[1], seed=3).to(compute)
+    expected = x.float() @ decode(weight).T + (bias.float() if bias is not None else 0)
+    for source in (weight, cut(weight, 40)):
+        out = build_nf4(source, bias, numerics(compute))(x)
+        assert out.dtype == compute
+        tolerance = 1e-5 if compute is torch.float32 else 6e-3
+        assert (out.float() - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_streamed_equals_resident_bit_for_bit(shape: tuple[int, int], compute: torch.dtype, is_exact: bool) -> None:
+    weight = cut(encode("weight", random(*shape)), 40)
+    bias = random(shape[0], seed=2).to(compute)
+    resident = build_nf4(weight, bias, numerics(compute, is_exact=is_exact))
+    streamed = build_nf4(StreamedWeight(weight), bias, numerics(compute, is_exact=is_exact))
+    for num_rows in (1, 3, 16, 70):
+        x = random(num_rows, shape[1], seed=num_rows).to(compute)
+        assert torch.equal(streamed(x), resident(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.sampled_from(COMPUTE), st.integers(1, 100), st.sampled_from([48, 64, 192, 100]))
+def test_exact_rows_have_the_same_bits_in_any_company(
+    data: st.DataObject, compute: torch.dtype, num_out: int, num_in: int
+) -> None:
+    linear = build_nf4(encode("weight", random(num_out, num_in)), None, numerics(compute, is_exact=True))
+    x = random(40, num_in, seed=5).to(compute)
+    order = torch.tensor(data.draw(st.permutations(range(40))))[: data.draw(st.integers(1, 40))]
+    assert torch.equal(linear(x[order]), linear(x)[order])
+
+
+@packed_only
+def test_packed_rows_have_the_same_bits_in_any_company_on_any_number_of_threads() -> None:
+    linear = PackedNf4Linear(encode("weight", random(512, 1024)), None)
+    x = random(130, 1024, seed=4).bfloat16()
+    whole, before = linear(x), torch.get_num_threads()
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        for start, stop in [(0, 1), (1, 3), (5, 8), (60, 69), (3, 19), (0, 64), (1, 129)]:
+            assert torch.equal(linear(x[start:stop]), whole[start:stop]), (start, stop)
+    torch.set_num_threads(before)
+
+
+@packed_only
+def test_where_pieces_are_cut_does_not_change_packed_products() -> None:
+    whole = encode("weight", random(333, 192))
+    x = random(9, 192, seed=1).bfloat16()
+    for num_rows in (7, 32, 100):
+        assert torch.equal(PackedNf4Linear(cut(whole, num_rows), None)(x), PackedNf4Linear(whole, None)(x))
+
+
+def test_the_product_follows_the_compute_dtype() -> None:
+    weight = encode("weight", random(32, 64))
+    assert isinstance(build_nf4(weight, None, numerics(torch.float32)), TiledNf4Linear)
+    kind = PackedNf4Linear if has_packed_product() else TiledNf4Linear
+    assert isinstance(build_nf4(weight, None, numerics(torch.bfloat16)), kind)
+    unaligned = encode("weight", random(32, 48))
+    assert isinstance(build_nf4(unaligned, None, numerics(torch.bfloat16)), TiledNf4Linear)
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_absmaxes_quantized_once_are_multiplied_too(compute: torch.dtype) -> None:
+    weight = encode("weight", random(48, 128))
+    (piece,) = weight.held
+    absmax = random(96, seed=8).abs()
+    plain = MemoryWeight("weight", Precision.NF4, (48, 128), {}, (Piece(0, 48, {**piece.tensors, "absmax": absmax}),))
+    x = random(3, 128, seed=1).to(compute)
+    expected = x.float() @ decode(plain).T
+    out = build_nf4(plain, None, numerics(compute))(x).float()
+    assert (out - expected).norm() <= 6e-3 * expected.norm()
