@@ -42,7 +42,7 @@ class ServeConfig:
     )
     kv_dtype: str = _setting("auto", "of keys and values: fp32, bf16 or fp16; auto: the compute dtype")
     wire_dtype: str = _setting("auto", "between stages; auto: fp32 where a stage computes in fp32, else bf16")
-    max_context: int = _setting(0, "tokens of prompt and answer; 0: what the model allows, at most 4096")
+    max_context: int = _setting(0, "tokens of prompt and answer; 0: what model and memory allow, at most 4096")
     host: str = _setting("127.0.0.1", "address that clients connect to; 0.0.0.0: any of this machine")
     port: int = _setting(DEFAULT_PORT, "port that clients connect to; 0: any free one")
     address: str = _setting(

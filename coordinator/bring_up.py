@@ -82,6 +82,7 @@ def placement_options(job: BringUp) -> PlacementOptions:
         max_step_tokens=config.max_step_tokens,
         compute_dtype=config.compute_dtype,
         is_precision_fixed=spec.stored_precision is not None,
+        is_context_fixed=config.max_context > 0,
     )
 
 

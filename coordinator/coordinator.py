@@ -58,6 +58,8 @@ class Coordinator:
         self._clock = clock
         self._tokenizer = Tokenizer(tokenizer_folder(order.spec), vocab_size=order.spec.vocab_size)
         self.board = StatusBoard(order.spec, has_chat_template=self._tokenizer.has_chat_template, clock=clock)
+        limit = context_limit(order.config.max_context, order.spec)
+        self._intake = Intake(order.spec, self._tokenizer, max_context=limit, draw_seed=lambda: secrets.randbits(64))
         self._engine: Engine | None = None
         self._pipeline: Pipeline | None = None
         self._failure: str | None = None
@@ -151,6 +153,7 @@ class Coordinator:
         order = self._order
         job = BringUp(order.config, order.spec, await self._serve_checkpoint(), order.token, order.generation)
         placement, links = await bring_up(job, self._links, self.board)
+        self._intake.max_context = placement.max_context
         engine, pipeline = self._new_engine(placement, links)
         self.board.message = "sending a first token through all stages"
         epoch = await pipeline.prove()
@@ -199,11 +202,8 @@ class Coordinator:
     # --- servers -----------------------------------------------------------------------------------------------------
 
     def _new_generation_server(self) -> grpc.aio.Server:
-        spec = self._order.spec
-        limit = context_limit(self._order.config.max_context, spec)
-        intake = Intake(spec, self._tokenizer, max_context=limit, draw_seed=lambda: secrets.randbits(64))
         server = new_server()
-        service_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self, intake), server)
+        service_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self, self._intake), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((HEALTH_NAME, reflection.SERVICE_NAME), server)
         return server

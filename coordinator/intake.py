@@ -30,7 +30,7 @@ class Intake:
     ) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
-        self._max_context = max_context
+        self.max_context = max_context  # lowered where memory turns out to allow less
         self._draw_seed = draw_seed
 
     def read(self, request: service.GenerateRequest) -> TokenizedRequest:
@@ -83,11 +83,11 @@ class Intake:
         raise InvalidRequestError("the request has no prompt: set text, token_ids or chat")
 
     def _text(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, max_tokens=self._max_context))
+        return tuple(self._tokenizer.encode(text, max_tokens=self.max_context))
 
     def _chat(self, chat: generation.ChatMessages) -> tuple[tuple[int, ...], str]:
         messages = [(message.role, message.content) for message in chat.messages]
-        token_ids, text = self._tokenizer.encode_chat(messages, max_tokens=self._max_context)
+        token_ids, text = self._tokenizer.encode_chat(messages, max_tokens=self.max_context)
         return tuple(token_ids), text
 
     def _check_token_ids(self, token_ids: Iterable[int]) -> None:
@@ -108,7 +108,7 @@ class Intake:
         return params
 
     def _stop(self, stop: generation.StopRules, prompt_length: int) -> StopRules:
-        room = max(1, self._max_context - prompt_length)
+        room = max(1, self.max_context - prompt_length)
         max_tokens = stop.max_tokens if stop.HasField("max_tokens") else min(DEFAULT_MAX_TOKENS, room)
         validate_stop_strings(stop.stop_strings)
         return StopRules(max_tokens, tuple(stop.stop_strings), frozenset(stop.stop_token_ids), stop.ignore_eos)

@@ -54,6 +54,7 @@ class PlacementOptions:
     max_step_tokens: int = 512
     compute_dtype: str = "auto"  # likewise
     is_precision_fixed: bool = False  # the checkpoint comes in this one
+    is_context_fixed: bool = True  # asked for; otherwise a shorter one is served where memory is short
 
     @property
     def min_pages(self) -> int:

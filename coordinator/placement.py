@@ -27,6 +27,8 @@ __all__ = ["PlacementOptions", "place"]
 Cut = Sequence[tuple[WorkerInfo, Span]]
 """The workers in pipeline order, each with its span."""
 
+MIN_CONTEXT = 256  # below which none is chosen on anybody's behalf
+
 StageCost = Callable[[WorkerInfo, Span], float]
 
 
@@ -39,14 +41,26 @@ def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOp
             f"{len(workers)} workers cannot share {num_blocks} blocks, each needs at least one; "
             f"use --workers with a number from 1 to {num_blocks}"
         )
-    ledger = Ledger(sizes, options, options.max_step_tokens)
-    cut = _cut(_by_node(workers), num_blocks, ledger)
-    if not all(ledger.can_serve(worker, span) for worker, span in cut):
-        raise ConfigurationError(_what_does_not_fit(cut, ledger, _lighter_help(workers, sizes, options)))
+    cut, ledger = _fitting(_by_node(workers), sizes, options)
     if not all(ledger.is_resident(worker, span) for worker, span in cut):
-        ledger = Ledger(sizes, options, _streamed_step_tokens(cut, ledger))
+        ledger = Ledger(sizes, ledger.options, _streamed_step_tokens(cut, ledger))
     placement = _planned(cut, ledger)
     return replace(placement, advice=_advice(placement, workers, sizes, options))
+
+
+def _fitting(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> tuple[Cut, Ledger]:
+    """Return a cut that fits, with the longest context for which there is one if that may be chosen."""
+    contexts = [options.max_context]
+    while not options.is_context_fixed and contexts[-1] >= 2 * MIN_CONTEXT:
+        contexts.append(contexts[-1] // 2)
+    refusal = ""
+    for context in contexts:
+        ledger = Ledger(sizes, replace(options, max_context=context), options.max_step_tokens)
+        cut = _cut(workers, len(sizes.blocks), ledger)
+        if all(ledger.can_serve(worker, span) for worker, span in cut):
+            return cut, ledger
+        refusal = refusal or _what_does_not_fit(cut, ledger, _lighter_help(workers, sizes, options))
+    raise ConfigurationError(refusal)
 
 
 def _planned(cut: Cut, ledger: Ledger) -> Placement:
@@ -148,15 +162,27 @@ def _cheapest(
 
 
 def _advice(placement: Placement, workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> str:
-    """Say what would keep a placement from streaming, if another precision would."""
-    if not placement.is_streamed:
-        return ""
+    """Say what would be better than a placement: a longer context, or a precision that needs no streaming."""
+    advice = []
+    if placement.max_context < options.max_context:
+        advice.append(
+            f"memory allows contexts of {placement.max_context} tokens instead of {options.max_context}: --max-context "
+            "asks for another length, --kv-dtype bf16 halves what it takes"
+        )
+    if placement.is_streamed:
+        advice += _precisions_without_streaming(workers, sizes, options)
+    return "; ".join(advice)
+
+
+def _precisions_without_streaming(
+    workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions
+) -> list[str]:
     for precision in lighter_precisions(options):
         ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
         cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
         if all(ledger.can_serve(*stage) and ledger.is_resident(*stage) for stage in cut):
-            return f"--precision {precision.value} would fit without streaming"
-    return ""
+            return [f"--precision {precision.value} would fit without streaming"]
+    return []
 
 
 def _lighter_help(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> list[str]:
@@ -179,6 +205,8 @@ def _what_does_not_fit(cut: Cut, ledger: Ledger, help_: Sequence[str]) -> str:
         f"a context below {options.max_context} (--max-context)",
         f"steps of fewer than {ledger.step_tokens} tokens (--max-step-tokens)",
     ]
+    if options.kv_dtype == "auto" and any(worker.device == "cpu" for worker, _ in cut):
+        helps.append("keys and values in 16 bits (--kv-dtype bf16)")
     if options.kv_memory_bytes:
         helps.append(f"more than {_size(options.kv_memory_bytes)} of KV per stage (--kv-memory)")
     return "\n".join(

@@ -156,6 +156,17 @@ def test_a_precision_that_would_fit_is_named_in_the_refusal() -> None:
         place([worker("a", 420 * 2**20)], model(1, block=2**28), options)
 
 
+def test_a_context_that_nobody_asked_for_is_shortened_until_it_fits() -> None:
+    options = replace(OPTIONS, max_context=4096, is_context_fixed=False)
+    placement = place([worker("a", GIB)], model(32, kv=2**13), options)
+    assert placement.max_context == 512
+    assert "contexts of 512 tokens instead of 4096" in placement.advice
+    with pytest.raises(ConfigurationError, match=r"(?s)one sequence of 4096 tokens.*--kv-dtype bf16"):
+        place([worker("a", GIB)], model(32, kv=2**13), replace(options, is_context_fixed=True))
+    with pytest.raises(ConfigurationError, match="one sequence of 4096 tokens"):
+        place([worker("a", GIB // 8)], model(32, kv=2**13), options)
+
+
 def test_a_gpu_without_host_memory_for_the_ring_is_refused_with_both_numbers() -> None:
     gpu = replace(worker("a", GIB, device="cuda:0"), free_host_bytes=2**20)
     with pytest.raises(ConfigurationError, match=r"of the machine's own memory, which may use 1\.00 MiB"):
