@@ -11,7 +11,6 @@ import argparse
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,16 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.hub.resolve import find_token, resolve
-from cluster.load_order import LoadOrder
-from cluster.microbatch import Epoch, PageDelta, SequenceSampling, StepHeader, StepId
-from cluster.model_spec import ModelSpec, Precision
-from cluster.request import SamplingParams, SequenceId
-from cluster.span import Span
+from cluster.model_spec import Precision
 from measures import Workload, describe_machine
-from worker.executor import Executor
-from worker.loading import TorchSpanLoader
+from stage import Driver, load
 
-PAGE_SIZE = 64
 FORMS = {"default": False, "exact": True}
 
 
@@ -44,106 +37,31 @@ class Rates:
     decode: float
 
 
-class Driver:
-    """Makes the headers that a coordinator would send to a single stage: whole prompts first, then a token each."""
-
-    def __init__(self, executor: Executor, workload: Workload) -> None:
-        self._executor = executor
-        self._workload = workload
-        self._num_steps = 0
-
-    def run(self) -> Rates:
-        """Run the workload from empty caches."""
-        self._executor.open_epoch()
-        self._num_steps = 0
-        prompts = self._workload.prompts()
-        begin = time.perf_counter()
-        tokens = [self._step(index, prompt) for index, prompt in enumerate(prompts)]
-        middle = time.perf_counter()
-        for number in range(self._workload.num_output_tokens - 1):
-            tokens = self._decode(tokens, self._workload.num_input_tokens + number)
-        end = time.perf_counter()
-        num_decoded = self._workload.num_tokens - len(prompts)
-        num_prefilled = len(prompts) * self._workload.num_input_tokens
-        return Rates(num_prefilled / (middle - begin), num_decoded / (end - middle))
-
-    def _step(self, index: int, prompt: Sequence[int]) -> int:
-        sequence_id = SequenceId(index)
-        num_pages = -(-(len(prompt) + self._workload.num_output_tokens) // PAGE_SIZE)
-        pages = tuple(range(index * num_pages, (index + 1) * num_pages))
-        (token_id,) = self._execute(
-            sequence_ids=(sequence_id,),
-            start_positions=(0,),
-            lengths=(len(prompt),),
-            token_ids=tuple(prompt),
-            page_deltas=(PageDelta(sequence_id, 0, pages),),
-            sampling_changes=(SequenceSampling(sequence_id, len(prompt), SamplingParams(temperature=0.0)),),
-        )
-        return token_id
-
-    def _decode(self, tokens: Sequence[int], position: int) -> list[int]:
-        size = len(tokens)
-        columns: dict[str, Any] = {
-            "sequence_ids": tuple(SequenceId(index) for index in range(size)),
-            "start_positions": (position,) * size,
-            "lengths": (1,) * size,
-            "token_ids": tuple(tokens),
-        }
-        return list(self._execute(**columns))
-
-    def _execute(self, *, sequence_ids: tuple[SequenceId, ...], **columns: Any) -> tuple[int, ...]:
-        self._num_steps += 1
-        ones = (1,) * len(sequence_ids)
-        header = StepHeader(
-            epoch=Epoch(1, 1),
-            step_id=StepId(self._num_steps),
-            deadline_ms=600_000,
-            sequence_ids=sequence_ids,
-            logits_rows=ones,
-            is_sampled=(True,) * len(ones),
-            **columns,
-        )
-        result = self._executor.execute(header, {}, lambda _: None).result
-        assert result is not None
-        return result.token_ids
-
-
-def load(spec: ModelSpec, precision: Precision, *, num_pages: int, max_context: int, is_exact: bool) -> Executor:
-    """Load all blocks into one stage on the CPU."""
-    order = LoadOrder(
-        stage=0,
-        num_stages=1,
-        span=Span(0, spec.num_blocks),
-        config=spec.config,
-        source=spec.source,
-        checkpoint_service="",
-        weight_files=spec.weight_files,
-        weight_map=spec.weight_map,
-        precision=precision,
-        kv_dtype="auto",
-        wire_dtype="auto",
-        num_pages=num_pages,
-        page_size=PAGE_SIZE,
-        max_context=max_context,
-        is_exact=is_exact,
-        token=find_token() or "",
-    )
-    return TorchSpanLoader(torch.device("cpu")).load(order, lambda _: None).executor
+def run(driver: Driver, workload: Workload) -> Rates:
+    """Run a workload whose prompts are computed one after the other."""
+    one = driver.run(workload)
+    prefill_seconds = one.first_token_seconds[-1]
+    num_decoded = workload.num_tokens - workload.concurrency
+    num_prefilled = workload.concurrency * workload.num_input_tokens
+    return Rates(num_prefilled / prefill_seconds, num_decoded / (one.wall_seconds - prefill_seconds))
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the figures of every (threads, concurrency)."""
     spec = resolve(arguments.model, token=find_token())
     length = arguments.input_tokens + arguments.output_tokens
-    size = {"num_pages": max(arguments.concurrency) * -(-length // PAGE_SIZE), "max_context": length}
+    size = {"num_sequences": max(arguments.concurrency), "max_context": length}
     precision = Precision(arguments.precision)
-    stages = {form: load(spec, precision, is_exact=is_exact, **size) for form, is_exact in FORMS.items()}
+    stages = {form: load(spec, precision, is_exact=is_exact, **size).executor for form, is_exact in FORMS.items()}
     figures = []
     for num_threads, concurrency in product(arguments.threads, arguments.concurrency):
         torch.set_num_threads(num_threads)
         workload = Workload(concurrency, arguments.input_tokens, arguments.output_tokens, spec.vocab_size)
-        drivers = {form: Driver(stage, workload) for form, stage in stages.items()}
-        rounds = [{form: driver.run() for form, driver in drivers.items()} for _ in range(arguments.rounds + 1)]
+        one_by_one = {"max_context": length, "step_tokens": arguments.input_tokens}
+        drivers = {form: Driver(stage, **one_by_one) for form, stage in stages.items()}
+        rounds = [
+            {form: run(driver, workload) for form, driver in drivers.items()} for _ in range(arguments.rounds + 1)
+        ]
         figures.append({"threads": num_threads, "concurrency": concurrency, **summarize(rounds[1:])})
     return figures
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -45,6 +43,9 @@ class Round:
     num_output_tokens: int
     first_token_seconds: list[float]  # one per request, from its arrival
     inter_token_seconds: list[float]  # one per further token
+    num_passes: int = 0  # visits to all blocks; this and what follows only where the system tells
+    read_bytes: int = 0  # of weights, from disk
+    stall_seconds: float = 0.0  # that the computation waited for them
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,6 +101,8 @@ def _summarize_stage(windows: Sequence[StageWindow]) -> dict[str, Any]:
 
 def describe_machine() -> dict[str, Any]:
     """Return what a reader must know of the machine to compare figures; call it before measuring, for the load."""
+    import torch  # only here: other systems' processes, which count with this module, do not have it
+
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),

@@ -28,7 +28,8 @@ from rich.table import Table
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import FolderSource, ModelSpec
 from measures import Round, StageWindow, Workload, describe_machine, summarize, summarize_stages
-from peer import Peer
+from peers.environment import variables
+from peers.process import Peer
 from served import ServedCluster, serving
 
 
@@ -110,7 +111,9 @@ def make_peer(arguments: argparse.Namespace, spec: ModelSpec) -> Peer:
     source = spec.source
     model, revision = (source.path, "main") if isinstance(source, FolderSource) else (source.repo_id, source.commit)
     num_threads = arguments.stages * arguments.threads_per_stage
-    return Peer(model, revision, arguments.precision, num_threads, arguments.peer_batch)
+    command = [sys.executable, "-m", "peers.transformers_generate", model, arguments.precision]
+    command += [str(num_threads), str(arguments.peer_batch), "--revision", revision]
+    return Peer(command, variables(None, num_threads))
 
 
 def print_tables(report: dict[str, Any]) -> None:

@@ -50,6 +50,10 @@ class ServedCluster:
         windows = [_window(old, new, wall_seconds) for old, new in stages]
         return Round(wall_seconds, workload.num_tokens, first, between), windows
 
+    async def measure(self, workload: Workload) -> Round:
+        """Send all requests at once; return what the client saw."""
+        return (await self.run(workload))[0]
+
 
 @asynccontextmanager
 async def serving(arguments: Sequence[str], load_seconds: float) -> AsyncIterator[ServedCluster]:
