@@ -9,6 +9,8 @@ strided view that a matrix product takes without copying.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -72,7 +74,7 @@ class AttentionLayout:
 
 
 class KVCache:
-    """One stage's keys and values. Memory is taken when slots are first written, where the system commits lazily."""
+    """One stage's keys and values. On the CPU memory is taken when slots are first written, and can be given back."""
 
     def __init__(
         self,
@@ -89,14 +91,34 @@ class KVCache:
         self.dtype = dtype
         self.device = torch.device(device)
         shapes = [(h, num_pages * page_size, d) for h, d in zip(num_kv_heads, head_dim, strict=True)]
-        self.keys = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
-        self.values = tuple(torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+        self._maps: list[tuple[mmap.mmap, tuple[int, int, int]]] = []  # memory and shape of each tensor on the CPU
+        self.keys = tuple(map(self._allocate, shapes))
+        self.values = tuple(map(self._allocate, shapes))
         self._page_tables: dict[SequenceId, list[int]] = {}
+        self._committed: set[int] = set()  # pages that may have taken memory
 
     @property
     def size_bytes(self) -> int:
         """Bytes when every slot has been written."""
         return sum(tensor.nbytes for tensor in self.keys + self.values)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the pages that sequences hold."""
+        return len(self._used_pages()) * self.size_bytes // self.num_pages
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes that were taken from the system at most, as far as they were not given back."""
+        return len(self._committed) * self.size_bytes // self.num_pages
+
+    def return_free_pages(self) -> None:
+        """Give the memory of pages that no sequence holds back to the system."""
+        used = self._used_pages()
+        for first, stop in _merge(sorted(self._committed - used)):
+            for memory, shape in self._maps:
+                self._return_slots(memory, shape, first * self.page_size, stop * self.page_size)
+        self._committed = used
 
     def clear(self) -> None:
         """Forget every sequence."""
@@ -137,6 +159,26 @@ class KVCache:
                 stored[:, first:stop].zero_()
             stored.index_copy_(1, layout.slots, new.to(stored.dtype))
 
+    def _allocate(self, shape: tuple[int, int, int]) -> Tensor:
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+        num_elements = math.prod(shape)
+        memory = mmap.mmap(-1, num_elements * self.dtype.itemsize)
+        self._maps.append((memory, shape))
+        return torch.frombuffer(memory, dtype=self.dtype, count=num_elements).view(shape)
+
+    def _return_slots(self, memory: mmap.mmap, shape: tuple[int, int, int], first: int, stop: int) -> None:
+        num_heads, num_slots, head_dim = shape
+        slot_bytes = head_dim * self.dtype.itemsize
+        for head in range(num_heads):
+            begin = _round_up((head * num_slots + first) * slot_bytes, mmap.PAGESIZE)
+            end = (head * num_slots + stop) * slot_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if begin < end:
+                memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def _used_pages(self) -> set[int]:
+        return {page for table in self._page_tables.values() for page in table}
+
     def _append_pages(self, delta: PageDelta) -> None:
         table = self._page_tables.setdefault(delta.sequence_id, [])
         if delta.first_page != len(table):
@@ -151,6 +193,7 @@ class KVCache:
                     "coordinator and stage disagree; please report"
                 )
         table.extend(delta.page_ids)
+        self._committed.update(delta.page_ids)
 
     def _runs(self, sequence_id: SequenceId, num_tokens: int) -> tuple[SlotRun, ...]:
         """Merge the pages that hold a sequence's first `num_tokens` tokens, up to a whole tile."""
@@ -174,6 +217,17 @@ class KVCache:
             else:
                 runs.append((first, stop))
         return tuple(runs)
+
+
+def _merge(pages: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges `[first, stop)` of adjacent pages."""
+    ranges: list[tuple[int, int]] = []
+    for page in pages:
+        if ranges and ranges[-1][1] == page:
+            ranges[-1] = (ranges[-1][0], page + 1)
+        else:
+            ranges.append((page, page + 1))
+    return ranges
 
 
 def _tails(slice_: SliceLayout) -> Iterator[SlotRun]:

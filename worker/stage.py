@@ -6,21 +6,25 @@ is `worker.blocks`' and `worker.architectures`' business; moving the payload is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from cluster.errors import ConfigurationError, InvariantError
-from cluster.microbatch import StepHeader, StepResult
+from cluster.microbatch import StepHeader, StepResult, WeightTraffic
 from cluster.span import Span
 from worker.architectures import Architecture
 from worker.blocks import StepContext
 from worker.executor import StageOutput
 from worker.kv_cache import KVCache
+from worker.part_weights import RowTable
 from worker.sampling import Sampler
+from worker.stream.disk_weights import DiskWeights
 
 HIDDEN_STATES = "hidden_states"
 """Name of the tensor that travels between stages, `[num_tokens, hidden_size]`."""
@@ -41,7 +45,7 @@ class StageNumerics:
 class Entrance:
     """How stage 0 turns token ids into hidden states."""
 
-    table: Tensor  # [vocab_size, hidden_size] on the CPU, memory-mapped: only rows that are looked up are read
+    table: RowTable  # [vocab_size, hidden_size] on the disk: only rows that are looked up are read
     module: nn.Module
 
 
@@ -75,11 +79,17 @@ class Stage:
         numerics: StageNumerics,
         entrance: Entrance | None,
         exit_: Exit | None,
+        resident_bytes: int = 0,
+        disk_weights: DiskWeights | None = None,
     ) -> None:
-        """`entrance` is given to the first stage and `exit_` to the last; a model of one stage has both."""
+        """`entrance` is given to the first stage and `exit_` to the last; a model of one stage has both.
+
+        `resident_bytes` are those of weights that stay in memory; `disk_weights` brings the others, if there are any.
+        """
         self._stage, self._span, self._max_context, self._architecture = stage, span, max_context, architecture
-        self._blocks, self._rotary, self._cache, self._numerics = tuple(blocks), rotary, cache, numerics
+        self._blocks, self._rotary, self._cache, self._numerics = list(blocks), rotary, cache, numerics
         self._entrance, self._exit = entrance, exit_
+        self._resident_bytes, self._disk_weights = resident_bytes, disk_weights
 
     @property
     def num_blocks(self) -> int:
@@ -94,13 +104,16 @@ class Stage:
         self._cache.apply(header)
         if self._exit:
             self._exit.sampler.apply(header)
-        positions = _positions(header, self._numerics.device)
-        hidden = self._enter(header, tensors, positions)
-        step = self._step_context(header, positions)
-        for blocks_done, block in enumerate(self._blocks, start=1):
-            hidden = self._architecture.run_block(block, hidden, step)
-            on_block(blocks_done)
-        return self._leave(header, hidden[0])
+        if self._disk_weights is None:
+            output = self._compute(header, tensors, on_block)
+            return replace(output, traffic=WeightTraffic(resident_bytes=self._resident_bytes))
+        self._disk_weights.begin_pass(self._cache, self._place)
+        try:
+            with _no_collection():
+                output = self._compute(header, tensors, on_block)
+        finally:
+            traffic = self._disk_weights.end_pass(self._resident_bytes)
+        return replace(output, traffic=traffic)
 
     def open_epoch(self) -> None:
         self._cache.clear()
@@ -109,6 +122,26 @@ class Stage:
 
     def close(self) -> None:
         """See Executor."""
+        if self._disk_weights is not None:
+            self._disk_weights.close()
+
+    def _compute(
+        self, header: StepHeader, tensors: Mapping[str, Tensor], on_block: Callable[[int], None]
+    ) -> StageOutput:
+        positions = _positions(header, self._numerics.device)
+        hidden = self._enter(header, tensors, positions)
+        step = self._step_context(header, positions)
+        for blocks_done, block in enumerate(self._blocks, start=1):
+            hidden = self._architecture.run_block(block, hidden, step)
+            on_block(blocks_done)
+        return self._leave(header, hidden[0])
+
+    def _place(self, index: int, module: nn.Module) -> None:
+        """Replace a block, or the head, by one whose weights are held elsewhere."""
+        if index < len(self._blocks):
+            self._blocks[index] = module
+        elif self._exit:
+            self._exit = replace(self._exit, head=module)
 
     def _check_positions(self, header: StepHeader) -> None:
         """Raise before a rotary angle or a learned row that is not there is looked up, which a GPU does not survive."""
@@ -152,6 +185,18 @@ class Stage:
                 "serve with --wire-dtype bf16 or fp32"
             )
         return sent
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage: a pass makes few objects, and the readers would wait meanwhile."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _positions(header: StepHeader, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class SparseExperts(nn.Module):
             Expert(config.hidden_size, config.intermediate_size) for _ in range(config.num_local_experts)
         )
         self.act_fn = ACT2FN[config.hidden_act]
+        self.arrivals: Callable[[Sequence[int]], Iterable[int]] = iter
+        """Yields the experts that were chosen, each once its weights are in memory, in any order."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `[1, num_tokens, hidden_size]` to the same shape."""
@@ -54,10 +57,11 @@ class SparseExperts(nn.Module):
         """Return `[num_tokens * top_k, hidden_size]`: each token's chosen experts, by rank."""
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        places = torch.split(order, counts)
         results = rows.new_empty(order.shape[0], rows.shape[1])
-        for expert, places in zip(self.experts, torch.split(order, counts), strict=True):
-            if len(places):
-                results[places] = self._compute(expert, rows[places // self.top_k])
+        for number in self.arrivals([number for number, count in enumerate(counts) if count]):
+            mine = places[number]
+            results[mine] = self._compute(self.experts[number], rows[mine // self.top_k])
         return results
 
     def _compute(self, expert: Any, rows: Tensor) -> Tensor:
