@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.errors import ConfigurationError
-from cluster.model_spec import SUPPORTED_ARCHITECTURES
+from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 
 NUM_BLOCKS = ("num_hidden_layers", "n_layer")
 HIDDEN_SIZE = ("hidden_size", "n_embd", "n_embed")
@@ -16,19 +16,44 @@ _BLOOM_CONTEXT = 2048  # ALiBi has no limit; every BLOOM was trained with this o
 
 
 def check_supported(config: Mapping[str, Any], label: str) -> str:
-    """Return the architecture. Raises ConfigurationError for another one, or for quantized weights."""
+    """Return the architecture. Raises ConfigurationError for another one, or for weights in a scheme not served."""
     architecture = config.get("model_type")
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ConfigurationError(
             f"{label} has architecture {architecture!r}; Spanwise serves {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ConfigurationError(
-            f"the weights of {label} are quantized ({method}): serve the checkpoint that it was made from"
-        )
+    quantized_precision(config, label)
     return str(architecture)
+
+
+def quantized_precision(config: Mapping[str, Any], label: str) -> Precision | None:
+    """Return what a checkpoint that comes quantized by bitsandbytes is stored in; None for one that is not quantized.
+
+    Raises ConfigurationError for other schemes, naming the scheme and the way out.
+    """
+    scheme = config.get("quantization_config") or config.get("compression_config")
+    if not scheme:
+        return None
+    fields = scheme if isinstance(scheme, Mapping) else {"quant_method": scheme}
+    is_8bit, is_4bit = fields.get("load_in_8bit") is True, fields.get("load_in_4bit") is True
+    method = str(fields.get("quant_method") or ("bitsandbytes" if is_8bit or is_4bit else "in an unknown way"))
+    if method == "bitsandbytes" and is_8bit:
+        return Precision.INT8
+    if method == "bitsandbytes" and is_4bit:
+        four_bit = fields.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+        if four_bit == "nf4":
+            return Precision.NF4
+        method = f"bitsandbytes {four_bit}"
+    raise ConfigurationError(
+        f"the weights of {label} are quantized ({method}), of which Spanwise reads bitsandbytes' nf4 and 8-bit only: "
+        f"serve {_original(config, label)} with --precision int8 or nf4"
+    )
+
+
+def _original(config: Mapping[str, Any], label: str) -> str:
+    named = config.get("_name_or_path")
+    is_other = isinstance(named, str) and bool(named) and named not in label
+    return f"the checkpoint that it was made from, {named}," if is_other else "the original 16-bit checkpoint"
 
 
 def positive_integer(config: Mapping[str, Any], names: tuple[str, ...], label: str) -> int:
