@@ -42,7 +42,7 @@ class SystemDisk:
 
     def create(self, path: Path) -> int:
         """See Disk."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
 
     def write(self, file: int, data: memoryview, offset: int) -> int:
         """See Disk."""

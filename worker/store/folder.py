@@ -130,9 +130,9 @@ class BlockStore:
         """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
         path = self.folder / DESCRIPTION
         text = (json.dumps(asdict(description), indent=1) + "\n").encode()
+        if path.exists() and path.read_bytes() == text:
+            return
         with self.lock(path.stem), disk_errors(DESCRIPTION, self.folder):
-            if path.exists() and path.read_bytes() == text:
-                return
             try:
                 write_partial(self.disk, path, text)
                 self.disk.replace(partial(path), path)
@@ -190,8 +190,16 @@ def _refuse_other_version(root: Path, source: ModelSource, precision: Precision)
             )
 
 
+def hold_shared(file: int) -> None:
+    """Keep `cluster store prune` from removing the part whose bytes are open as `file`, until that is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError:
+        return  # a file system without locks: reading needs none
+
+
 def _lock_file(path: Path) -> int | None:
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and os.path.samestat(os.fstat(file), path.stat()):

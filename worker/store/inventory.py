@@ -59,8 +59,8 @@ class Pruned:
 
 def list_entries(root: Path) -> list[StoreEntry]:
     """Return the folders of a store, the one used last first."""
-    folders = [path for path in root.glob("*") if path.is_dir() and _is_ours(path)]
-    return sorted((_entry(BlockStore(root, path.name)) for path in folders), key=lambda entry: -entry.last_used)
+    found = (_entry(BlockStore(root, path.name)) for path in root.glob("*") if path.is_dir())
+    return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.last_used)
 
 
 def find_entries(root: Path, name: str) -> list[StoreEntry]:
@@ -110,7 +110,15 @@ def remove_damaged(store: BlockStore, parts: Sequence[str]) -> list[str]:
     return busy
 
 
-def _entry(store: BlockStore) -> StoreEntry:
+def _entry(store: BlockStore) -> StoreEntry | None:
+    """Return None for a folder that is not ours, not readable, or removed meanwhile."""
+    try:
+        return _describe(store) if _is_ours(store.folder) else None
+    except OSError:
+        return None
+
+
+def _describe(store: BlockStore) -> StoreEntry:
     leftovers = [path for part in _stems(store) for path in store.leftovers(part)]
     return StoreEntry(
         store,

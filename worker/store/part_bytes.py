@@ -4,7 +4,6 @@ checking a store needs no torch.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import xxhash
 
 from cluster.errors import StorageError
 from worker.store.disk import forget_pages
-from worker.store.folder import BlockStore
+from worker.store.folder import BlockStore, hold_shared
 from worker.store.manifest import PartManifest, TensorPlace
 
 READ_BYTES = 8 << 20  # at a time
@@ -33,7 +32,7 @@ class PartBytes:
             raise StorageError(f"{part}: {self.path} cannot be read ({error.strerror}): {_WAY_OUT}") from error
         try:
             self._check_length()
-            _share(self._file)
+            hold_shared(self._file)
         except BaseException:
             os.close(self._file)
             raise
@@ -106,10 +105,3 @@ def tensors_of(manifest: PartManifest) -> Iterator[tuple[str, TensorPlace]]:
 def label(name: str, role: str) -> str:
     """Name a tensor of a weight in a message."""
     return name if role == "weight" else f"{name} ({role})"
-
-
-def _share(file: int) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_SH)
-    except OSError:
-        return  # a file system without locks: reading needs none
