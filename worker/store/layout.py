@@ -52,24 +52,25 @@ class WeightSpec:
     kind: Precision
     shape: tuple[int, int]  # (out, in)
     expert: int | None = None
+    absmax_dtype: str = "U8"  # of NF4; "F32" where a checkpoint that comes quantized has them quantized only once
 
 
-def piece_specs(kind: Precision, num_rows: int, num_columns: int) -> dict[str, TensorSpec]:
+def piece_specs(kind: Precision, num_rows: int, num_columns: int, absmax_dtype: str = "U8") -> dict[str, TensorSpec]:
     """Return the large tensors of `num_rows` rows, by role (see worker.stored_weight)."""
     if kind is Precision.INT8:
         return {"weight": TensorSpec("I8", (num_rows, num_columns))}
     if kind is Precision.NF4:
         num_parameters = num_rows * num_columns
         codes, absmax = -(-num_parameters // 2), -(-num_parameters // NF4_BLOCK)
-        return {"weight": TensorSpec("U8", (codes,)), "absmax": TensorSpec("U8", (absmax,))}
+        return {"weight": TensorSpec("U8", (codes,)), "absmax": TensorSpec(absmax_dtype, (absmax,))}
     return {"weight": TensorSpec(_FLOAT_DTYPES[kind], (num_rows, num_columns))}
 
 
-def small_specs(kind: Precision, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+def small_specs(kind: Precision, shape: tuple[int, int], absmax_dtype: str = "U8") -> dict[str, TensorSpec]:
     """Return the tensors of a whole weight that stay in memory, by role."""
     if kind is Precision.INT8:
         return {"scale": TensorSpec("F32", shape[:1])}
-    if kind is Precision.NF4:
+    if kind is Precision.NF4 and absmax_dtype == "U8":
         num_nested = -(-shape[0] * shape[1] // (NF4_BLOCK * NF4_NESTED_BLOCK))
         return {"nested_absmax": TensorSpec("F32", (num_nested,)), "nested_offset": TensorSpec("F32", ())}
     return {}
@@ -88,7 +89,9 @@ def plan_part(
     """
     leading = _Leading()
     placed_small = {name: leading.place(small[name]) for name in sorted(small)}
-    weight_small = [leading.place_all(small_specs(weight.kind, weight.shape)) for weight in weights]
+    weight_small = [
+        leading.place_all(small_specs(weight.kind, weight.shape, weight.absmax_dtype)) for weight in weights
+    ]
     small_bytes = _round_up(leading.end, ALIGNMENT)
     slices = _Slices(small_bytes, slice_bytes)
     placed = [
@@ -140,7 +143,7 @@ class _Slices:
         self.start = self.end
 
     def _place_piece(self, weight: WeightSpec, first_row: int, num_rows: int) -> PiecePlace:
-        specs = piece_specs(weight.kind, num_rows, weight.shape[1])
+        specs = piece_specs(weight.kind, num_rows, weight.shape[1], weight.absmax_dtype)
         is_full = self.end - self.start + _aligned_bytes(specs) > self.max_bytes
         if is_full or weight.expert != self.expert:
             self.close()
@@ -183,7 +186,7 @@ def _row_step(weight: WeightSpec, slice_bytes: int) -> int:
 
 
 def _fits(weight: WeightSpec, num_rows: int, slice_bytes: int) -> bool:
-    return _aligned_bytes(piece_specs(weight.kind, num_rows, weight.shape[1])) <= slice_bytes
+    return _aligned_bytes(piece_specs(weight.kind, num_rows, weight.shape[1], weight.absmax_dtype)) <= slice_bytes
 
 
 def _aligned_bytes(specs: Mapping[str, TensorSpec]) -> int:
