@@ -6,8 +6,8 @@ on torch's meta device, are replaced by loaded ones. Which blocks a model has is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cluster.model_spec import WeightCount
 from worker.attention import attend
+from worker.decode_attention import DecodePlans
 from worker.kv_cache import AttentionLayout, KVCache
 
 ATTENTION_NAME = "spanwise_paged"
@@ -36,6 +37,7 @@ class StepContext:
     first_block: int  # of the span: the cache counts from it
     position_embeddings: tuple[Tensor, Tensor] | None  # rotary cos and sin, each [1, num_tokens, rotary_dim]
     is_exact: bool
+    plans: DecodePlans = field(default_factory=DecodePlans)
 
     def attend(
         self,
@@ -60,6 +62,7 @@ class StepContext:
             window=window,
             alibi_slopes=alibi_slopes,
             is_exact=self.is_exact,
+            plans=self.plans,
         )
         return out.unsqueeze(0)
 
@@ -103,14 +106,39 @@ class ExactActivation(nn.Module):
         return torch.cat(pieces)[: x.numel()].view(x.shape)
 
 
-class WeightSource(Protocol):
-    """Where `materialize` gets a module's weights, by their keys."""
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """A linear layer of a part, as transformers builds it."""
 
-    def linear(self, key: str, shape: tuple[int, int], *, has_bias: bool, is_transposed: bool) -> nn.Module:
-        """Return a linear layer of `shape` [out, in] from `key + "weight"` (stored [in, out] if transposed)."""
+    name: str  # within the part, like "self_attn.q_proj"
+    shape: tuple[int, int]  # (out, in)
+    has_bias: bool
+    is_transposed: bool  # stored [in, out]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearUse:
+    """How a family uses its linear layers, by their names within a module; see Architecture."""
+
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    use_last: tuple[str, ...] = ()
+    unquantized: tuple[str, ...] = ()  # by their names within the part
+    experts_name: str = ""  # of the list of experts within the part
+
+    def expert(self, layer: str) -> int | None:
+        """Return the number of the expert that a layer of the part belongs to."""
+        is_expert = bool(self.experts_name) and layer.startswith(self.experts_name + ".")
+        return int(layer.removeprefix(self.experts_name + ".").partition(".")[0]) if is_expert else None
+
+
+class WeightSource(Protocol):
+    """Where `materialize` gets a part's weights, by their names within it."""
+
+    def linears(self, layers: Sequence[LinearLayer]) -> list[nn.Module]:
+        """Return linear layers that will be called with one input, in this order."""
         ...
 
-    def tensor(self, key: str, shape: torch.Size) -> Tensor:
+    def tensor(self, name: str, shape: torch.Size) -> Tensor:
         """Return a small tensor (a norm's, a position table) in the compute dtype, on the device."""
         ...
 
@@ -119,20 +147,51 @@ class WeightSource(Protocol):
         ...
 
 
-def materialize(module: nn.Module, key: str, source: WeightSource) -> nn.Module:
-    """Replace the meta parameters of `module`, whose keys begin with `key`, and every linear layer in it."""
-    if isinstance(module, nn.Linear):
-        shape = (module.out_features, module.in_features)
-        return source.linear(key, shape, has_bias=module.bias is not None, is_transposed=False)
-    if isinstance(module, Conv1D):
-        return source.linear(key, (module.nf, module.nx), has_bias=True, is_transposed=True)
-    for name, child in module.named_children():
-        setattr(module, name, materialize(child, f"{key}{name}.", source))
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        loaded = source.tensor(key + name, parameter.shape)
-        setattr(module, name, nn.Parameter(loaded, requires_grad=False))
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        setattr(module, name, source.buffer(buffer))
+def linear_groups(module: nn.Module, use: LinearUse, name: str = "") -> list[tuple[LinearLayer, ...]]:
+    """Return the linear layers of `module`, which is called `name` within its part, in order of use.
+
+    Those that share an input are together: the order of conversion, of reading and of computing is this one.
+    """
+    groups: list[tuple[LinearLayer, ...]] = []
+    placed: set[str] = set()
+    children = sorted(module.named_children(), key=lambda child: child[0] in use.use_last)
+    linears = {child_name: child for child_name, child in children if linear_shape(child) is not None}
+    for child_name, child in children:
+        if child_name not in linears:
+            groups += linear_groups(child, use, f"{name}{child_name}.")
+        elif child_name not in placed:
+            together = next((names for names in use.shared_inputs if child_name in names), (child_name,))
+            present = [other for other in together if other in linears]
+            placed.update(present)
+            groups.append(tuple(_describe_linear(name + other, linears[other]) for other in present))
+    return groups
+
+
+def _describe_linear(name: str, module: nn.Module) -> LinearLayer:
+    shape = linear_shape(module)
+    assert shape is not None
+    return LinearLayer(name, shape, getattr(module, "bias", None) is not None, isinstance(module, Conv1D))
+
+
+def small_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of what is not a linear layer's weight, by name within the module: norms, biases, tables."""
+    weights = {f"{name}.weight" for name, child in module.named_modules() if linear_shape(child) is not None}
+    return {name: found.shape for name, found in module.named_parameters() if name not in weights}
+
+
+def materialize(module: nn.Module, use: LinearUse, source: WeightSource) -> nn.Module:
+    """Replace the meta parameters of `module`, a part, and every linear layer in it."""
+    for group in linear_groups(module, use):
+        for layer, built in zip(group, source.linears(group), strict=True):
+            module.set_submodule(layer.name, built)
+    for name, parameter in list(module.named_parameters()):
+        if parameter.is_meta:
+            loaded = nn.Parameter(source.tensor(name, parameter.shape), requires_grad=False)
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, loaded)
+    for name, buffer in list(module.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, source.buffer(buffer))
     return module
 
 

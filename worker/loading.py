@@ -1,36 +1,37 @@
-"""The SpanLoader that reads checkpoints into torch.
+"""The SpanLoader that loads spans into torch, and counts the parameters of a model that is not loaded.
 
-Covers which tensors a span needs, their conversion to the stored precision, and the parameter counts of a model that
-is not loaded. Fetching and opening files is `worker.weights`' business, names are `worker.architectures`'.
+Covers how a span is put together. Tensors come from `worker.checkpoint_weights` or `worker.store_weights`; modules over
+them are `worker.part_weights`' business.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cluster.errors import ConfigurationError
+from cluster.errors import ConfigurationError, StorageError
 from cluster.load_order import LoadOrder, LoadProgress
-from cluster.model_spec import ModelSizes, WeightCount
+from cluster.model_spec import ModelSizes, Precision, WeightCount
 from worker.architectures import Architecture, open_architecture
-from worker.architectures.base import HEAD_KEY
-from worker.blocks import ExactActivation, count_weights, materialize
+from worker.architectures.base import HEAD_KEY, Part
+from worker.blocks import ExactActivation, count_weights
 from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_to_checkpoints
+from worker.checkpoint_weights import CheckpointWeights, DirectWeights, needed_names
 from worker.executor import LoadedSpan
 from worker.kv_cache import KVCache
-from worker.linear import LinearNumerics, Scratch, build_linears
-from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16
+from worker.linear import LinearNumerics
+from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, name_of
+from worker.part_weights import PartBuilder, PartTensors, RowTable
 from worker.sampling import Sampler
 from worker.stage import Entrance, Exit, Stage, StageNumerics
-from worker.stored_weight import MemoryWeight, Piece
-from worker.weights import Checkpoint, fetch_checkpoint
-
-READABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from worker.store.key import EMBEDDING, HEAD, block_part
+from worker.store_weights import StoreWeights, uses_store
+from worker.weights import CheckpointSource
 
 
 class TorchSpanLoader:
@@ -66,6 +67,8 @@ class TorchSpanLoader:
             num_output_elements=count.num_rows
             - expert_count.num_rows
             + expert_count.num_rows * num_chosen // max(1, num_experts),
+            num_heads=architecture.num_heads,
+            rotary_elements_per_token=2 * architecture.head_dim if architecture.rotary_class else 0,
         )
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
@@ -75,12 +78,13 @@ class TorchSpanLoader:
         numerics = _choose_numerics(order, self._device)
         is_first, is_last = order.stage == 0, order.stage == order.num_stages - 1
         parts = architecture.parts(order.span, is_first=is_first, is_last=is_last)
-        needed = _needed_names(architecture, parts, is_first=is_first)
-        with fetch_checkpoint(order, needed.__contains__, on_progress, connect=self._connect) as checkpoint:
-            weights = SpanWeights(order, architecture, checkpoint, numerics, on_progress)
-            weights.expect(sum(count_weights(part).num_parameters for part in parts.values()))
-            loaded = {key: _load_part(part, key, weights) for key, part in parts.items()}
-            entrance = Entrance(weights.embedding_table(), loaded[""]) if is_first else None
+        progress = _Progress(order.precision, parts, on_progress)
+        linear_numerics = LinearNumerics(numerics.compute, self._device, order.is_exact, order.outlier_threshold)
+        builder = PartBuilder(linear_numerics, progress.count)
+        with self._open_weights(order, architecture, parts, on_progress) as weights:
+            progress.begin()
+            loaded = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
+            entrance = Entrance(_open_table(weights, parts[0]), loaded[EMBEDDING]) if is_first else None
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
         cache = _build_cache(order, architecture, numerics)
         stage = Stage(
@@ -88,111 +92,96 @@ class TorchSpanLoader:
             span=order.span,
             max_context=order.max_context,
             architecture=architecture,
-            blocks=[_finish(architecture, loaded, block, numerics) for block in order.span.blocks()],
+            blocks=[_finish(architecture, loaded[block_part(block)], numerics) for block in order.span.blocks()],
             rotary=rotary,
             cache=cache,
             numerics=numerics,
             entrance=entrance,
-            exit_=_build_exit(architecture, loaded) if is_last else None,
+            exit_=_build_exit(architecture, loaded[HEAD]) if is_last else None,
         )
-        weight_bytes = weights.weight_bytes + sum(table.nbytes for table in rotary or ())
+        weight_bytes = builder.weight_bytes + sum(table.nbytes for table in rotary or ())
         return _describe(stage, weight_bytes, cache, numerics)
 
-
-class SpanWeights:
-    """The WeightSource of one span: finds tensors, checks them, converts them, counts bytes."""
-
-    def __init__(
+    def _open_weights(
         self,
         order: LoadOrder,
         architecture: Architecture,
-        checkpoint: Checkpoint,
-        numerics: StageNumerics,
+        parts: Sequence[Part],
         on_progress: Callable[[LoadProgress], None],
+    ) -> SpanWeights:
+        def open_source() -> CheckpointSource:
+            return CheckpointSource(order, connect=self._connect)
+
+        if not uses_store(order):
+            needed = needed_names(architecture, parts)
+            checkpoint = open_source().fetch(needed.__contains__, on_progress)
+            return DirectWeights(CheckpointWeights(order, architecture, checkpoint), order.precision)
+        weights = StoreWeights(order, architecture, open_source, on_progress)
+        weights.fill(parts)
+        return weights
+
+
+class SpanWeights(Protocol):
+    """Where the parts of a span come from, open."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def part(self, part: Part) -> PartTensors:
+        """Return a part's tensors. Raises StorageError, as they do, when it is damaged."""
+        ...
+
+    def table(self) -> RowTable:
+        """Return the embedding's rows; usable when this is closed."""
+        ...
+
+    def rebuild(self, part: Part, error: StorageError) -> None:
+        """Make a damaged part again, or raise why that is not possible."""
+        ...
+
+
+def _build_part(builder: PartBuilder, architecture: Architecture, part: Part, weights: SpanWeights) -> nn.Module:
+    try:
+        return builder.build(part, weights.part(part))
+    except StorageError as error:
+        weights.rebuild(part, error)
+    finally:
+        trim_heap()
+    fresh = architecture.build_part(part.name)
+    return builder.build(fresh, weights.part(fresh))
+
+
+def _open_table(weights: SpanWeights, embedding: Part) -> RowTable:
+    try:
+        return weights.table()
+    except StorageError as error:
+        weights.rebuild(embedding, error)
+    return weights.table()
+
+
+class _Progress:
+    """Counts the numbers that are loaded, as bytes of the precision."""
+
+    def __init__(
+        self, precision: Precision, parts: Sequence[Part], on_progress: Callable[[LoadProgress], None]
     ) -> None:
-        self._order, self._architecture, self._checkpoint = order, architecture, checkpoint
-        self._names, self._numerics, self._on_progress = checkpoint.names(), numerics, on_progress
-        self._scratch = Scratch()
-        self._bytes_done = self._bytes_total = 0
-        self.weight_bytes = 0  # held in memory so far
+        self._bits, self._on_progress = precision.bits_per_parameter, on_progress
+        self._num_done = 0
+        self._num_all = sum(count_weights(part.module).num_parameters for part in parts)
 
-    def expect(self, num_parameters: int) -> None:
-        """Announce how many numbers will be loaded: progress is measured against them."""
-        self._bytes_total = num_parameters * self._numerics.stored.itemsize
-        self._advance(0)
+    def begin(self) -> None:
+        """Announce the total."""
+        self.count(0)
 
-    def linear(self, key: str, shape: tuple[int, int], *, has_bias: bool, is_transposed: bool) -> nn.Module:
-        """See WeightSource."""
-        stored_shape = shape[::-1] if is_transposed else shape
-        weight = self._find(key + "weight", stored_shape)
-        copy = self._copy(key + "weight", weight.t() if is_transposed else weight, self._numerics.stored)
-        stored = MemoryWeight(key, self._order.precision, shape, {}, (Piece(0, shape[0], {"weight": copy}),))
-        bias = self.tensor(key + "bias", torch.Size(shape[:1])) if has_bias else None
-        numerics = LinearNumerics(self._numerics.compute, self._numerics.device, self._numerics.is_exact)
-        built = build_linears([stored], [bias], numerics, self._scratch)[0]
-        self.weight_bytes += weight.numel() * self._numerics.stored.itemsize
-        self._advance(weight.numel())
-        return built
-
-    def tensor(self, key: str, shape: torch.Size) -> Tensor:
-        """See WeightSource. Its values are rounded to the stored precision as those of linear layers are."""
-        found = self._find(key, tuple(shape))
-        loaded = self._copy(key, found.to(self._numerics.stored), self._numerics.compute)
-        self.weight_bytes += loaded.nbytes
-        self._advance(found.numel())
-        return loaded
-
-    def buffer(self, value: Tensor) -> Tensor:
-        """See WeightSource."""
-        return value.to(self._numerics.device)
-
-    def embedding_table(self) -> Tensor:
-        """Return the embedding as it lies in the checkpoint."""
-        shape = (self._architecture.vocab_size, self._architecture.hidden_size)
-        return self._find(self._architecture.embedding_key, shape)
-
-    def _find(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        names = self._architecture.checkpoint_keys(key)
-        name = next((name for name in names if name in self._names), None)
-        if name is None:
-            raise ConfigurationError(f"the checkpoint lacks tensor {' or '.join(names)}: not in {self._files_text()}")
-        found = self._checkpoint.tensor(name)
-        file = self._order.weight_map.get(name) or self._files_text()
-        if tuple(found.shape) != shape:
-            raise ConfigurationError(
-                f"tensor {name} in {file} has shape {list(found.shape)}, but config.json implies {list(shape)}: "
-                "they belong to different models"
-            )
-        if found.dtype not in READABLE_DTYPES:
-            raise ConfigurationError(
-                f"tensor {name} in {file} holds {str(found.dtype).removeprefix('torch.')} numbers, which only mean "
-                "something together with a quantization scheme: serve the original 16-bit or 32-bit checkpoint"
-            )
-        return found
-
-    def _files_text(self) -> str:
-        files = [file.name for file in self._order.weight_files]
-        return files[0] if len(files) == 1 else f"any of its {len(files)} weight files"
-
-    def _copy(self, key: str, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """Copy out of the memory map, since resident weights must not depend on the page cache."""
-        copy = torch.empty(source.shape, dtype=dtype, device=self._numerics.device).copy_(source)
-        if self._numerics.stored is torch.float16 and not bool(copy.isfinite().all()):
-            raise ConfigurationError(f"tensor {key} has values that do not fit fp16: serve with --precision bf16")
-        return copy
-
-    def _advance(self, num_parameters: int) -> None:
-        self._bytes_done += num_parameters * self._numerics.stored.itemsize
-        self._on_progress(LoadProgress("loading", self._bytes_done, self._bytes_total))
+    def count(self, num_parameters: int) -> None:
+        """Count what was loaded; a part that is loaded again counts once more, within the total."""
+        self._num_done = min(self._num_all, self._num_done + num_parameters)
+        done, total = (int(number * self._bits / 8) for number in (self._num_done, self._num_all))
+        self._on_progress(LoadProgress("loading", done, total))
 
 
-def _load_part(part: nn.Module, key: str, weights: SpanWeights) -> nn.Module:
-    loaded = materialize(part, key, weights)
-    _trim_heap()
-    return loaded
-
-
-def _trim_heap() -> None:
+def trim_heap() -> None:
     """Give freed memory back to the system. glibc would keep what converting took, where tensors are below its mapping
     threshold: half as much again as the weights of TinyLlama's shape in bf16."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -208,17 +197,12 @@ def _check_span(order: LoadOrder, architecture: Architecture) -> None:
 
 
 def _choose_numerics(order: LoadOrder, device: torch.device) -> StageNumerics:
-    compute = choose_compute_dtype(order.precision, device, is_bf16_native=has_native_bf16())
+    is_native = has_native_bf16()
+    compute = choose_compute_dtype(order.precision, device, is_bf16_native=is_native, asked=order.compute_dtype)
+    stored = compute if order.precision.is_quantized else DTYPES[order.precision.value]
     automatic = torch.float32 if compute is torch.float32 else torch.bfloat16
     wire = DTYPES.get(order.wire_dtype, automatic)
-    return StageNumerics(DTYPES[order.precision.value], compute, wire, device, order.is_exact)
-
-
-def _needed_names(architecture: Architecture, parts: Mapping[str, nn.Module], *, is_first: bool) -> frozenset[str]:
-    keys = [key + name for key, part in parts.items() for name, _ in part.named_parameters()]
-    if is_first:
-        keys.append(architecture.embedding_key)
-    return frozenset(name for key in keys for name in architecture.checkpoint_keys(key))
+    return StageNumerics(stored, compute, wire, device, order.is_exact)
 
 
 def _build_cache(order: LoadOrder, architecture: Architecture, numerics: StageNumerics) -> KVCache:
@@ -228,18 +212,16 @@ def _build_cache(order: LoadOrder, architecture: Architecture, numerics: StageNu
     return KVCache(num_kv_heads, head_dim, order.num_pages, order.page_size, dtype, numerics.device)
 
 
-def _finish(
-    architecture: Architecture, loaded: Mapping[str, nn.Module], block: int, numerics: StageNumerics
-) -> nn.Module:
-    built = loaded[architecture.block_key(block)]
+def _finish(architecture: Architecture, block: nn.Module, numerics: StageNumerics) -> nn.Module:
     if numerics.is_exact:
-        activation = built.get_submodule(architecture.activation)
-        built.set_submodule(architecture.activation, ExactActivation(activation))
-    return built
+        activation = block.get_submodule(architecture.activation)
+        block.set_submodule(architecture.activation, ExactActivation(activation))
+    return block
 
 
-def _build_exit(architecture: Architecture, loaded: Mapping[str, nn.Module]) -> Exit:
-    return Exit(loaded[architecture.norm_key], loaded[HEAD_KEY], Sampler(architecture.vocab_size))
+def _build_exit(architecture: Architecture, head: nn.Module) -> Exit:
+    norm = head.get_submodule(architecture.norm_key.rstrip("."))
+    return Exit(norm, head.get_submodule(HEAD_KEY.rstrip(".")), Sampler(architecture.vocab_size))
 
 
 def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNumerics) -> LoadedSpan:
@@ -247,11 +229,7 @@ def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNu
         executor=stage,
         weight_bytes=weight_bytes,
         kv_bytes=cache.size_bytes,
-        compute_dtype=_name(numerics.compute),
-        wire_dtype=_name(numerics.wire),
-        kv_dtype=_name(cache.keys[0].dtype),
+        compute_dtype=name_of(numerics.compute),
+        wire_dtype=name_of(numerics.wire),
+        kv_dtype=name_of(cache.keys[0].dtype),
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known is dtype)

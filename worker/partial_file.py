@@ -18,7 +18,7 @@ class PartialFile:
         """Open or create. Raises OSError."""
         self.path = path
         self.size_bytes = size_bytes
-        self._sidecar = path.with_name(path.name + ".ranges")
+        self._sidecar = _sidecar(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if os.fstat(self._file).st_size != size_bytes:
@@ -54,6 +54,16 @@ class PartialFile:
         finally:
             os.close(sidecar)
         self._complete.add((start, end))
+
+
+def delete_partial_file(path: Path) -> None:
+    """Delete a file, what is known about it first: a crash in between must not leave ranges that are not there."""
+    _sidecar(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_name(path.name + ".ranges")
 
 
 def _read_ranges(sidecar: Path) -> set[tuple[int, int]]:

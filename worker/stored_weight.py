@@ -81,3 +81,9 @@ class MemoryWeight:
     def pieces(self) -> Iterator[Piece]:
         """See StoredWeight."""
         return iter(self.held)
+
+
+def whole_weight(name: str, kind: Precision, weight: Tensor) -> MemoryWeight:
+    """Return a weight `[out, in]` that is not quantized, already of its kind's dtype: one piece."""
+    shape = (weight.shape[0], weight.shape[1])
+    return MemoryWeight(name, kind, shape, {}, (Piece(0, shape[0], {"weight": weight}),))

@@ -7,7 +7,7 @@ Covers which files hold them and opening those; `worker.hub_download` and `worke
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -15,14 +15,16 @@ from typing import Protocol
 import torch
 
 from cluster.errors import ConfigurationError
-from cluster.hub.download import HubAccess
+from cluster.hub.download import HubAccess, cached_file, delete_cached_file
 from cluster.hub.folder import folder_digest
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource
 from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_checkpoint
 from worker.free_space import FreeBytes, free_bytes
+from worker.held_files import HeldFiles, discard_file
 from worker.hub_download import download_files
+from worker.partial_file import delete_partial_file
 from worker.pickled_file import PickledFile
 from worker.safetensors_file import SafetensorsFile
 from worker.span_download import download_span
@@ -43,8 +45,9 @@ class TensorFile(Protocol):
 class Checkpoint:
     """The needed tensors of a checkpoint, by their names in it. Close it when they are copied; views stay valid."""
 
-    def __init__(self, files: Mapping[str, TensorFile]) -> None:
+    def __init__(self, files: Mapping[str, TensorFile], on_close: Callable[[], None] = lambda: None) -> None:
         self._files = files  # tensor → the file that holds it
+        self._on_close = on_close
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -67,6 +70,103 @@ class Checkpoint:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        self._on_close()
+
+
+class CheckpointSource:
+    """Where an order's checkpoint is, and where its files are kept on this machine if they must be downloaded."""
+
+    def __init__(
+        self,
+        order: LoadOrder,
+        *,
+        connect: Callable[[str], CheckpointReader] = connect_checkpoint,
+        cache_folder: Path | None = None,
+        measure: FreeBytes = free_bytes,
+    ) -> None:
+        """`connect` opens the coordinator's checkpoint service, for a folder that only the head has. `cache_folder` is
+        where downloads are kept: by default the order's folder, else the hub's own cache, or `spanwise` in
+        XDG_CACHE_HOME for folders."""
+        self._order, self._connect, self._measure = order, connect, measure
+        self._cache_folder = cache_folder or (Path(found) if (found := order.store.download_folder) else None)
+        self.is_downloaded = isinstance(order.source, HubSource) or not is_here(order.source)
+
+    def fetch(self, is_needed: Callable[[str], bool], on_progress: Callable[[LoadProgress], None]) -> Checkpoint:
+        """See fetch_checkpoint. Downloaded files are held until the checkpoint is closed."""
+        files = needed_files(self._order, is_needed)
+        held = self.hold([file.name for file in files])
+        try:
+            paths = self._bring(files, is_needed, on_progress)
+            return open_checkpoint(paths, self._order.weight_map, is_needed, held.close)
+        except BaseException:
+            held.close()
+            raise
+
+    def bring_files(
+        self, files: list[CheckpointFile], on_progress: Callable[[LoadProgress], None]
+    ) -> Mapping[str, Path]:
+        """Return where whole files are, after downloading what is not on this machine."""
+        return self._bring(files, lambda _: True, on_progress)
+
+    @property
+    def folder(self) -> Path:
+        """Where downloads are kept."""
+        if isinstance(self._order.source, HubSource):
+            return self._access.folder
+        return (self._cache_folder or default_cache()) / "checkpoints" / self._order.source.digest
+
+    def hold(self, names: Iterable[str]) -> HeldFiles:
+        """Keep other workers of this machine from discarding downloaded files, until it is closed."""
+        return HeldFiles(self._locks, names if self.is_downloaded else ())
+
+    def discard(self, name: str) -> None:
+        """Delete a downloaded file, unless another worker holds it. Files of a user's folder stay."""
+        if self.is_downloaded:
+            discard_file(self._locks, name, lambda: self._delete(name))
+
+    def missing_bytes(self, files: Iterable[CheckpointFile]) -> int:
+        """Return how much of some files was not downloaded yet; of a folder elsewhere, at most."""
+        if not self.is_downloaded:
+            return 0
+        return sum(file.size_bytes for file in files if not self._is_present(file.name))
+
+    def _bring(
+        self,
+        files: list[CheckpointFile],
+        is_needed: Callable[[str], bool],
+        on_progress: Callable[[LoadProgress], None],
+    ) -> Mapping[str, Path]:
+        source = self._order.source
+        if isinstance(source, HubSource):
+            return download_files(source, files, self._access, on_progress, self._measure)
+        if not self.is_downloaded:
+            return {file.name: Path(source.path, file.name) for file in files}
+        with closing(self._connect(_service_address(self._order))) as reader:
+            return download_span(reader, files, is_needed, self.folder, on_progress, self._measure)
+
+    @property
+    def _access(self) -> HubAccess:
+        assert isinstance(self._order.source, HubSource)
+        return HubAccess(self._order.source.endpoint, self._order.token or None, self._cache_folder)
+
+    @property
+    def _locks(self) -> Path:
+        source = self._order.source
+        name = source.repo_id.replace("/", "--") if isinstance(source, HubSource) else "locks"
+        return self.folder / ".spanwise" / name
+
+    def _is_present(self, name: str) -> bool:
+        source = self._order.source
+        if isinstance(source, HubSource):
+            return cached_file(source.repo_id, name, source.commit, self._access) is not None
+        return (self.folder / name).exists()
+
+    def _delete(self, name: str) -> None:
+        source = self._order.source
+        if isinstance(source, HubSource):
+            delete_cached_file(source.repo_id, name, source.commit, self._access)
+        else:
+            delete_partial_file(self.folder / name)
 
 
 def fetch_checkpoint(
@@ -80,25 +180,16 @@ def fetch_checkpoint(
 ) -> Checkpoint:
     """Fetch and open the tensors of the checkpoint whose names `is_needed` accepts, and as little else as possible.
 
-    `connect` opens the coordinator's checkpoint service, for a folder that only the head has. `cache_folder` is where
-    fetched files are kept: by default the hub's own cache, or `spanwise` in XDG_CACHE_HOME for folders.
+    For the other arguments see CheckpointSource.
     Raises ConfigurationError naming file and tensor for anything missing, truncated or damaged; errors of access and
     network as `cluster.hub.errors` and `cluster.wire.status` tell them.
     """
-    files = needed_files(order, is_needed)
-    if isinstance(order.source, HubSource):
-        access = HubAccess(order.source.endpoint, order.token or None, cache_folder)
-        paths = download_files(order.source, files, access, on_progress, measure)
-    elif _is_here(order.source):
-        paths = {file.name: Path(order.source.path, file.name) for file in files}
-    else:
-        folder = (cache_folder or _default_cache()) / "checkpoints" / order.source.digest
-        with closing(connect(_service_address(order))) as reader:
-            paths = download_span(reader, files, is_needed, folder, on_progress, measure)
-    return open_checkpoint(paths, order.weight_map, is_needed)
+    source = CheckpointSource(order, connect=connect, cache_folder=cache_folder, measure=measure)
+    return source.fetch(is_needed, on_progress)
 
 
-def _is_here(source: FolderSource) -> bool:
+def is_here(source: FolderSource) -> bool:
+    """Tell whether this machine sees the same folder at the same path."""
     try:
         return folder_digest(Path(source.path)) == source.digest
     except OSError:
@@ -115,7 +206,8 @@ def _service_address(order: LoadOrder) -> str:
     return order.checkpoint_service
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """Return where spans of folders elsewhere are kept unless a folder is set."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spanwise"
 
 
@@ -126,7 +218,10 @@ def needed_files(order: LoadOrder, is_needed: Callable[[str], bool]) -> list[Che
 
 
 def open_checkpoint(
-    paths: Mapping[str, Path], weight_map: Mapping[str, str], is_needed: Callable[[str], bool]
+    paths: Mapping[str, Path],
+    weight_map: Mapping[str, str],
+    is_needed: Callable[[str], bool],
+    on_close: Callable[[], None] = lambda: None,
 ) -> Checkpoint:
     """Open files (name in the checkpoint → where it is). Raises ConfigurationError naming a bad file or tensor."""
     opened = {name: _open(name, path) for name, path in paths.items()}
@@ -141,7 +236,7 @@ def open_checkpoint(
                 f"index and files belong to different checkpoints; fetch the checkpoint again"
             )
         files[name] = opened[shard]
-    return Checkpoint(files)
+    return Checkpoint(files, on_close)
 
 
 def _open(name: str, path: Path) -> TensorFile:

@@ -63,6 +63,17 @@ def cached_file(repo_id: str, name: str, revision: str, access: HubAccess) -> Pa
     return Path(found) if isinstance(found, str) else None
 
 
+def delete_cached_file(repo_id: str, name: str, revision: str, access: HubAccess) -> None:
+    """Delete a file from the cache: its name at this revision, and its contents, where those lie in the cache too."""
+    link = cached_file(repo_id, name, revision, access)
+    if link is None:
+        return
+    contents = link.resolve()
+    link.unlink(missing_ok=True)
+    if contents.is_relative_to(access.folder.resolve()):
+        contents.unlink(missing_ok=True)
+
+
 def _counting_bar(on_bytes: Callable[[int], None]) -> type:
     """Return a class that stands in for tqdm, since the hub's client reports bytes only to progress bars."""
 

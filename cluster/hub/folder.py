@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from cluster.errors import ConfigurationError
+from cluster.hub.layout import PART_WEIGHTS
 from cluster.model_spec import FolderSource
 
 _SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
+_CONVERTED_SUFFIXES = frozenset({PART_WEIGHTS})  # not digested: their manifests hold checksums of every tensor
 _WHOLE_BYTES = 1 << 20  # files up to this size are digested whole
 _NUM_SAMPLES = 32
 _SAMPLE_BYTES = 4096
@@ -35,7 +37,8 @@ def open_folder(path: Path) -> LocalFolder:
     folder = path.resolve()
     try:
         sizes = _list(folder)
-        return LocalFolder(FolderSource(str(folder), _digest(folder, sizes)), str(folder), sizes)
+        source = FolderSource(str(folder), _digest(folder, sizes))
+        return LocalFolder(source, str(folder), sizes | _list(folder, _CONVERTED_SUFFIXES))
     except OSError as error:
         raise ConfigurationError(f"cannot read model folder {folder}: {error.strerror or error}") from error
 
@@ -49,8 +52,8 @@ def folder_digest(folder: Path) -> str:
     return _digest(folder, _list(folder))
 
 
-def _list(folder: Path) -> dict[str, int]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file())
+def _list(folder: Path, suffixes: Collection[str] = _SUFFIXES) -> dict[str, int]:
+    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes and path.is_file())
     return {path.name: path.stat().st_size for path in files}
 
 

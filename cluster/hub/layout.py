@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import ConfigurationError
-from cluster.model_spec import CheckpointFile, ModelSource
+from cluster.model_spec import CheckpointFile, ModelSource, Precision
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -23,6 +23,10 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+CONVERTED = "model.json"
+"""The file that says of a folder that it holds a converted checkpoint, as `worker.store.folder` describes."""
+
+PART_WEIGHTS, PART_MANIFEST = ".weights", ".json"  # of a part's file and of its manifest
 _VOCABULARIES = ({"tokenizer.json"}, {"tokenizer.model"}, {"vocab.json", "merges.txt"})
 _WEIGHTS = (  # the first that exists is taken: safetensors before pickles, one file before shards
     ("model.safetensors", "model.safetensors.index.json"),
@@ -82,6 +86,27 @@ def find_weights(files: CheckpointFiles) -> tuple[tuple[CheckpointFile, ...], Ma
             return _find_shards(files, index)
     tried = ", ".join(name for names in _WEIGHTS for name in names)
     raise ConfigurationError(f"{files.label} has no weights in a format that Spanwise reads (looked for {tried})")
+
+
+def part_files(part: str) -> tuple[str, str]:
+    """Return the files of a part of a converted checkpoint, in the order in which they are written."""
+    return part + PART_WEIGHTS, part + PART_MANIFEST
+
+
+def is_part_file(name: str) -> bool:
+    """Tell whether a file holds a part of a converted checkpoint."""
+    return name.endswith(PART_WEIGHTS)
+
+
+def find_parts(files: CheckpointFiles) -> tuple[tuple[CheckpointFile, ...], Precision]:
+    """Return the files of a converted checkpoint and its precision. Raises ConfigurationError."""
+    try:
+        precision = Precision(read_json(files, CONVERTED).get("precision"))
+    except ValueError as error:
+        raise ConfigurationError(f"{CONVERTED} of {files.label} is damaged: {error}") from error
+    parts = sorted(name.removesuffix(PART_WEIGHTS) for name in files.sizes if is_part_file(name))
+    found = [name for part in parts for name in part_files(part) if name in files.sizes]
+    return tuple(CheckpointFile(name, files.sizes[name]) for name in found), precision
 
 
 def _find_shards(files: CheckpointFiles, index: str) -> tuple[tuple[CheckpointFile, ...], Mapping[str, str]]:

@@ -5,6 +5,7 @@ Covers aliases, folders and hub ids. Weights are the workers' business (`worker.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -13,7 +14,17 @@ from cluster.catalogue import find_entry, shipped_folder, unknown_model
 from cluster.errors import ConfigurationError, NotFoundError
 from cluster.hub.download import HubAccess, cached_file
 from cluster.hub.folder import open_folder
-from cluster.hub.layout import CONFIG, GENERATION_CONFIG, CheckpointFiles, fetch_tokenizer, find_weights, read_json
+from cluster.hub.layout import (
+    CONFIG,
+    CONVERTED,
+    GENERATION_CONFIG,
+    CheckpointFiles,
+    fetch_tokenizer,
+    find_parts,
+    find_weights,
+    is_part_file,
+    read_json,
+)
 from cluster.hub.model_config import (
     HIDDEN_SIZE,
     NUM_BLOCKS,
@@ -22,9 +33,10 @@ from cluster.hub.model_config import (
     eos_token_ids,
     max_context,
     positive_integer,
+    quantized_precision,
 )
 from cluster.hub.repository import is_repo_id, open_repository
-from cluster.model_spec import FolderSource, ModelSpec
+from cluster.model_spec import CheckpointFile, FolderSource, ModelSpec, Precision
 
 DEFAULT_REVISION = "main"
 
@@ -81,7 +93,7 @@ def _describe(name: str, files: CheckpointFiles) -> ModelSpec:
     config = read_json(files, CONFIG)
     architecture = check_supported(config, files.label)
     generation_config = read_json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.sizes else {}
-    weight_files, weight_map = find_weights(files)
+    weight_files, weight_map, stored_precision = _find_weights(files)
     fetch_tokenizer(files)
     return ModelSpec(
         name=name,
@@ -96,4 +108,15 @@ def _describe(name: str, files: CheckpointFiles) -> ModelSpec:
         weight_files=weight_files,
         weight_map=weight_map,
         generation_config=generation_config,
+        stored_precision=stored_precision or quantized_precision(config, files.label),
     )
+
+
+def _find_weights(
+    files: CheckpointFiles,
+) -> tuple[tuple[CheckpointFile, ...], Mapping[str, str], Precision | None]:
+    """Return weight files, tensor → file, and the precision of a converted checkpoint."""
+    if CONVERTED in files.sizes and any(map(is_part_file, files.sizes)):
+        parts, precision = find_parts(files)
+        return parts, {}, precision
+    return *find_weights(files), None

@@ -6,6 +6,7 @@ is one file that subclasses Architecture, its entry in `cluster.model_spec.SUPPO
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,13 +14,27 @@ from torch import Tensor, nn
 
 from cluster.errors import ConfigurationError
 from cluster.span import Span
-from worker.blocks import StepContext, build_on_meta
+from worker.blocks import LinearUse, StepContext, build_on_meta
+from worker.store.key import EMBEDDING, HEAD, block_part, part_block
 
 POSITIONAL_ROTARY = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone."""
 
 HEAD_KEY = "lm_head."
 Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What is stored and loaded at a time: a block, the final norm and head, or what follows the embedding rows.
+
+    The embedding table is not in the module: stage 0 looks its rows up where they are stored.
+    """
+
+    name: str  # in the block store
+    key: str  # what the keys of its parameters begin with
+    module: nn.Module  # on the meta device
+    use: LinearUse
 
 
 class PlainEmbedding(nn.Module):
@@ -97,18 +112,26 @@ class Architecture:
         cos, sin = self.rotary_class(self.config)(torch.empty(0, dtype=dtype), positions)
         return cos[0].to(device), sin[0].to(device)
 
-    def parts(self, span: Span, *, is_first: bool, is_last: bool) -> dict[str, nn.Module]:
-        """Build a span's modules on the meta device, by the keys that its parameters begin with.
+    def parts(self, span: Span, *, is_first: bool, is_last: bool) -> list[Part]:
+        """Build what the stage of a span holds, in order of use."""
+        names = [
+            *([EMBEDDING] if is_first else []),
+            *map(block_part, span.blocks()),
+            *([HEAD] if is_last else []),
+        ]
+        return [self.build_part(name) for name in names]
 
-        The embedding table is not among them: stage 0 reads its rows from the checkpoint.
-        """
-        parts = {self.block_key(block): self.build_block(block) for block in span.blocks()}
-        if is_first:
-            parts[""] = self.build_embedding()
-        if is_last:
-            parts[self.norm_key] = self.build_norm()
-            parts[HEAD_KEY] = build_on_meta(lambda: nn.Linear(self.hidden_size, self.vocab_size, bias=False))
-        return parts
+    def build_part(self, name: str) -> Part:
+        """Build a part, by its name in the block store."""
+        block = part_block(name)
+        if block is not None:
+            return Part(name, self.block_key(block), self.build_block(block), self.linear_use)
+        return Part(name, "", self.build_head() if name == HEAD else self.build_embedding(), self.linear_use)
+
+    @property
+    def linear_use(self) -> LinearUse:
+        """How the linear layers of a block are used."""
+        return LinearUse(self.shared_inputs, self.use_last, self.unquantized, self.experts_name)
 
     def block_key(self, block: int) -> str:
         """Return what the keys of a block's parameters begin with."""
@@ -132,6 +155,11 @@ class Architecture:
         """Build the final norm on the meta device."""
         epsilon = getattr(self.config, self.norm_epsilon)
         return build_on_meta(lambda: self.norm_class(self.hidden_size, eps=epsilon))
+
+    def build_head(self) -> nn.Module:
+        """Build final norm and head on the meta device, by the names of their keys."""
+        head = build_on_meta(lambda: nn.Linear(self.hidden_size, self.vocab_size, bias=False))
+        return nn.ModuleDict({self.norm_key.rstrip("."): self.build_norm(), HEAD_KEY.rstrip("."): head})
 
     def _check_rotary(self) -> None:
         kind = (getattr(self.config, "rope_parameters", None) or {}).get("rope_type", "default")

@@ -1,0 +1,140 @@
+"""A span's weights from the block store, converted first where they are missing.
+
+Covers which store an order means, reading parts, and making a damaged one again; `worker.store.fill` converts,
+`worker.stream` reads what is not held in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from cluster.errors import ConfigurationError, StorageError
+from cluster.load_order import LoadOrder, LoadProgress
+from worker.architectures import Architecture
+from worker.architectures.base import Part
+from worker.blocks import LinearLayer
+from worker.store.convert import TABLE
+from worker.store.copied import CopiedStore, Filler, is_converted, store_of
+from worker.store.fill import StoreFiller
+from worker.store.key import EMBEDDING
+from worker.store.manifest import WeightPlace
+from worker.store.reader import PartFile
+from worker.store.verify import verify_part
+from worker.stored_weight import StoredWeight
+from worker.weights import CheckpointSource
+
+logger = logging.getLogger(__name__)
+
+BringWeight = Callable[[PartFile, WeightPlace], StoredWeight]
+"""Returns a weight of an open part, in memory or streamed."""
+
+
+def uses_store(order: LoadOrder) -> bool:
+    """Tell whether an order's weights come from the block store. Others that fit into memory are read from the
+    checkpoint itself, so that the disk need not hold them twice."""
+    is_streamed = order.num_streamed > 0 or order.expert_cache_bytes > 0
+    return order.precision.is_quantized or is_streamed or is_converted(order)
+
+
+class StoreWeights:
+    """The parts of one span. Close it when they are loaded; `table` stays usable."""
+
+    def __init__(
+        self,
+        order: LoadOrder,
+        architecture: Architecture,
+        open_source: Callable[[], CheckpointSource],
+        on_progress: Callable[[LoadProgress], None],
+    ) -> None:
+        """`open_source` is called only when something is missing."""
+        self._on_progress = on_progress
+        self.store = store_of(order)
+        self._filler: Filler = (
+            CopiedStore(order, architecture.num_blocks, self.store, open_source, on_progress)
+            if is_converted(order)
+            else StoreFiller(order, architecture, self.store, open_source, on_progress)
+        )
+        self._open: list[PartFile] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open:
+            file.close()
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Make what is missing. Raises ConfigurationError, and what downloading does."""
+        self._filler.fill(parts)
+
+    def part(self, part: Part, bring: BringWeight = PartFile.read_weight) -> StoredPart:
+        """Return a part's tensors. Raises StorageError when it is damaged."""
+        file = PartFile(self.store, part.name)
+        self._open.append(file)
+        return StoredPart(file, bring)
+
+    def table(self) -> StoredTable:
+        """Return the embedding's rows, compared with their checksums now. Raises StorageError."""
+        size, done = self.store.manifest(EMBEDDING).file_bytes, 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self._on_progress(LoadProgress("verifying", done, size))
+
+        verify_part(self.store, EMBEDDING, count)
+        return StoredTable(PartFile(self.store, EMBEDDING))
+
+    def rebuild(self, part: Part, error: StorageError) -> None:
+        """Make a damaged part again. Raises `error` where that is not possible."""
+        logger.warning("making a damaged part of the block store again: %s", error.message)
+        self._filler.rebuild(part, error)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    """The PartTensors of one part."""
+
+    file: PartFile
+    bring: BringWeight
+
+    def weight(self, layer: LinearLayer) -> StoredWeight:
+        """See PartTensors."""
+        place = self.file.manifest.weight(layer.name)
+        if place.shape != layer.shape:
+            raise self._of_another_model(layer.name, place.shape, layer.shape)
+        return self.bring(self.file, place)
+
+    def tensor(self, name: str, shape: torch.Size) -> Tensor:
+        """See PartTensors."""
+        place = self.file.manifest.small.get(name)
+        if place is None or place.shape != tuple(shape):
+            raise self._of_another_model(name, place.shape if place else (), shape)
+        return self.file.read_tensor(name, place)
+
+    def _of_another_model(self, name: str, found: Sequence[int], expected: Sequence[int]) -> ConfigurationError:
+        return ConfigurationError(
+            f"{self.file.path} holds {name} as {list(found)}, but config.json implies {list(expected)}: they belong to "
+            "different models"
+        )
+
+
+class StoredTable:
+    """The embedding, on the disk: only rows that are looked up are read."""
+
+    def __init__(self, file: PartFile) -> None:
+        self._file, self._place = file, file.manifest.weight(TABLE)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return the rows of token ids `[num_tokens]` as `[num_tokens, hidden_size]`, in the checkpoint's dtype."""
+        return self._file.read_rows(self._place, rows.tolist())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
