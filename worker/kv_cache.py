@@ -163,7 +163,7 @@ class KVCache:
         if self.device.type != "cpu":
             return torch.empty(shape, dtype=self.dtype, device=self.device)
         num_elements = math.prod(shape)
-        memory = mmap.mmap(-1, num_elements * self.dtype.itemsize)
+        memory = mmap.mmap(-1, num_elements * self.dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._maps.append((memory, shape))
         return torch.frombuffer(memory, dtype=self.dtype, count=num_elements).view(shape)
 

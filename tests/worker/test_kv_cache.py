@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -153,3 +154,46 @@ def test_an_empty_step_has_an_empty_layout() -> None:
     assert layout.slots.dtype == torch.int64
     assert layout.slots.shape == (0,)
     assert layout.slices == ()
+
+
+def touch(cache: KVCache) -> None:
+    """Write every slot, so that the system commits its memory."""
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(1.0)
+
+
+def test_free_pages_are_given_back_to_the_system_and_held_ones_keep_what_they_hold() -> None:
+    cache = KVCache([2, 2], [64, 64], 64, 256, torch.float32, "cpu")
+    cache.apply(step(pages=[(0, 0, range(4)), (1, 0, range(4, 64))]))
+    touch(cache)
+    before = psutil.Process().memory_info().rss
+    cache.apply(step(finished=[1]))
+    assert (cache.used_bytes, cache.committed_bytes) == (cache.size_bytes // 16, cache.size_bytes)
+    cache.return_free_pages()
+    assert cache.committed_bytes == cache.used_bytes
+    assert before - psutil.Process().memory_info().rss > 0.9 * cache.size_bytes
+    for tensor in cache.keys + cache.values:
+        assert bool((tensor[:, : 4 * 256] == 1).all())
+
+
+def test_a_page_given_back_is_a_page_like_any_other() -> None:
+    cache = new_cache()
+    cache.apply(step(pages=[(0, 0, (0, 1))]))
+    cache.apply(step(finished=[0]))
+    cache.return_free_pages()
+    cache.apply(step(pages=[(1, 0, (1, 2))]))
+    assert cache.used_bytes == cache.committed_bytes == 2 * cache.size_bytes // 8
+    layout = cache.layout(step([(1, 0, 1)]))
+    cache.write(0, layout, torch.full((2, 1, 4), 3.0), torch.full((2, 1, 4), 5.0))
+    assert cache.keys[0][:, layout.slots].tolist() == [[[3.0] * 4]] * 2
+
+
+@given(st.permutations(range(8)), st.integers(0, 8))
+def test_pages_between_held_ones_are_given_back_alone(pages: list[int], num_held: int) -> None:
+    cache = KVCache([1], [64], 8, 64, torch.float32, "cpu")
+    cache.apply(step(pages=[(0, 0, pages[:num_held]), (1, 0, pages[num_held:])]))
+    touch(cache)
+    cache.apply(step(finished=[1]))
+    cache.return_free_pages()
+    held = {page for page in range(8) if bool((cache.keys[0].view(8, -1)[page] == 1).all())}
+    assert held == set(pages[:num_held])

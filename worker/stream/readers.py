@@ -42,7 +42,7 @@ class Slot:
 def make_slots(num_slots: int, slot_bytes: int) -> list[Slot]:
     """Return slots of at least `slot_bytes`. The system commits their memory when it is first written."""
     size = -(-slot_bytes // ALIGNMENT) * ALIGNMENT
-    memory = mmap.mmap(-1, num_slots * size)
+    memory = mmap.mmap(-1, num_slots * size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     tensor = torch.frombuffer(memory, dtype=torch.uint8)
     return [
         Slot(memoryview(memory)[start : start + size], tensor[start : start + size])

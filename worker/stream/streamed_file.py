@@ -14,6 +14,7 @@ from pathlib import Path
 import xxhash
 
 from cluster.errors import StorageError
+from worker.store.folder import hold_shared
 from worker.store.manifest import ALIGNMENT, PartManifest, PiecePlace
 
 ReadAt = Callable[[int, Sequence[memoryview], int], int]
@@ -58,6 +59,7 @@ class StreamedFile:
         with self._lock:
             if self._is_suspect:
                 opened = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._is_direct else 0))
+                hold_shared(opened)
                 self._descriptor = _replace(self._descriptor, opened)
                 self._is_suspect = False
             return self._descriptor
