@@ -196,3 +196,15 @@ def test_what_a_killed_conversion_left_can_be_pruned_but_not_what_a_running_one_
         process.wait()
     assert prune_leftovers(entry).in_use == ()
     assert names(store) == set()
+
+
+def test_a_store_that_may_only_be_read_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = make_store(tmp_path)
+    write(store)
+
+    def refuse(_: str) -> None:
+        pytest.fail("locked")
+
+    monkeypatch.setattr(store, "try_lock", refuse)
+    store.describe(describe_source(SOURCE, Precision.INT8, num_blocks=2))
+    verify_part(store, PART)

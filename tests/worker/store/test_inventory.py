@@ -11,6 +11,7 @@ from tests.worker.store.parts import PART, make_store, names, write
 from worker.store.folder import BlockStore, StoreDescription
 from worker.store.inventory import find_entries, list_entries, prune, prune_leftovers, remove_damaged
 from worker.store.reader import PartFile
+from worker.stream.streamed_file import StreamedFile
 
 
 def test_the_store_used_last_is_listed_first(tmp_path: Path) -> None:
@@ -99,3 +100,20 @@ def test_damaged_parts_are_removed_unless_they_are_being_converted(tmp_path: Pat
     with store.lock("head"):
         assert remove_damaged(store, [PART, "head"]) == ["head"]
     assert store.parts() == ["head"]
+
+
+def test_a_part_that_is_streamed_stays(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    manifest = write(store)
+    streamed = StreamedFile(PART, store.path(PART), is_direct=False)
+    streamed.read(memoryview(bytearray(manifest.small_bytes)), 0)
+    (entry,) = list_entries(tmp_path)
+    assert prune(entry).in_use == (PART,)
+    streamed.close()
+    assert prune(entry).in_use == ()
+
+
+def test_a_folder_that_vanishes_while_it_is_listed_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    write(make_store(tmp_path))
+    assert [entry.key for entry in list_entries(tmp_path)] == [make_store(tmp_path).key]
