@@ -7,7 +7,7 @@ Covers which files hold them and opening those; `worker.hub_download` and `worke
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -103,7 +103,7 @@ class CheckpointSource:
             raise
 
     def bring_files(
-        self, files: list[CheckpointFile], on_progress: Callable[[LoadProgress], None]
+        self, files: Sequence[CheckpointFile], on_progress: Callable[[LoadProgress], None]
     ) -> Mapping[str, Path]:
         """Return where whole files are, after downloading what is not on this machine."""
         return self._bring(files, lambda _: True, on_progress)
@@ -132,7 +132,7 @@ class CheckpointSource:
 
     def _bring(
         self,
-        files: list[CheckpointFile],
+        files: Sequence[CheckpointFile],
         is_needed: Callable[[str], bool],
         on_progress: Callable[[LoadProgress], None],
     ) -> Mapping[str, Path]:

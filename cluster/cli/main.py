@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from cluster.cli import chat, demo, doctor, generate, logs, models, serve, status, stop, store
+from cluster.cli import chat, convert, demo, doctor, generate, logs, models, serve, status, stop, store
 from cluster.errors import SpanwiseError
 from cluster.version import VERSION
 
@@ -46,7 +46,7 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, pretty_exceptions_enable=Fal
 
 for command in (
     *(serve.serve, status.status, generate.generate, chat.chat, logs.logs, stop.stop),
-    *(models.models, demo.demo, doctor.doctor),
+    *(convert.convert, models.models, demo.demo, doctor.doctor),
 ):
     app.command()(command)
 app.add_typer(store.app, name="store")
