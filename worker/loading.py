@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import torch
@@ -30,7 +31,8 @@ from worker.part_weights import PartBuilder, PartTensors, RowTable
 from worker.sampling import Sampler
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
-from worker.store_weights import StoreWeights, uses_store
+from worker.store_weights import StoreWeights, streamed_part, uses_disk, uses_store
+from worker.stream.opening import OpenSpan
 from worker.weights import CheckpointSource
 
 
@@ -51,7 +53,7 @@ class TorchSpanLoader:
         blocks = range(architecture.num_blocks)
         built = architecture.build_block(0)  # the blocks of every family served have equal shapes
         count = count_weights(built, architecture.unquantized)
-        experts = [child for name, child in built.named_modules() if name == architecture.experts_name]
+        experts = [child for name, child in built.named_modules() if name and name == architecture.experts_name]
         expert_count = sum((count_weights(child) for child in experts), WeightCount())
         num_experts = len(list(experts[0].children())) if experts else 0
         num_chosen = architecture.num_chosen_experts
@@ -85,22 +87,34 @@ class TorchSpanLoader:
             progress.begin()
             loaded = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
             entrance = Entrance(_open_table(weights, parts[0]), loaded[EMBEDDING]) if is_first else None
+            finisher = Finisher(architecture, weights.streams, order.is_exact)
+            blocks = [finisher.finish(name, loaded[name]) for name in map(block_part, order.span.blocks())]
+            disk_weights = None
+            if weights.streams is not None:
+                rebuild = Rebuilder(architecture, weights.streams, builder.again(), finisher)
+                disk_weights = weights.streams.disk_weights(rebuild)
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
         cache = _build_cache(order, architecture, numerics)
+        weight_bytes = builder.weight_bytes + sum(table.nbytes for table in rotary or ())
         stage = Stage(
             stage=order.stage,
             span=order.span,
             max_context=order.max_context,
             architecture=architecture,
-            blocks=[_finish(architecture, loaded[block_part(block)], numerics) for block in order.span.blocks()],
+            blocks=blocks,
             rotary=rotary,
             cache=cache,
             numerics=numerics,
             entrance=entrance,
             exit_=_build_exit(architecture, loaded[HEAD]) if is_last else None,
+            resident_bytes=weight_bytes - (disk_weights.shifting_bytes if disk_weights else 0),
+            disk_weights=disk_weights,
         )
-        weight_bytes = builder.weight_bytes + sum(table.nbytes for table in rotary or ())
-        return _describe(stage, weight_bytes, cache, numerics)
+        loaded_span = _describe(stage, weight_bytes, cache, numerics)
+        if disk_weights is None or weights.streams is None:
+            return loaded_span
+        streamed = disk_weights.streamed_bytes
+        return replace(loaded_span, streamed_bytes=streamed, disk_bytes_per_second=weights.streams.bytes_per_second)
 
     def _open_weights(
         self,
@@ -118,11 +132,16 @@ class TorchSpanLoader:
             return DirectWeights(CheckpointWeights(order, architecture, checkpoint), order.precision)
         weights = StoreWeights(order, architecture, open_source, on_progress)
         weights.fill(parts)
+        if uses_disk(order):
+            weights.stream(order, parts)
         return weights
 
 
 class SpanWeights(Protocol):
-    """Where the parts of a span come from, open."""
+    """Where the parts of a span come from, open. `streams` brings what is not held in memory."""
+
+    @property
+    def streams(self) -> OpenSpan | None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -150,6 +169,46 @@ def _build_part(builder: PartBuilder, architecture: Architecture, part: Part, we
         trim_heap()
     fresh = architecture.build_part(part.name)
     return builder.build(fresh, weights.part(fresh))
+
+
+@dataclass(frozen=True, slots=True)
+class Finisher:
+    """What a block gets after its weights."""
+
+    architecture: Architecture
+    streams: OpenSpan | None
+    is_exact: bool
+
+    def finish(self, name: str, block: nn.Module) -> nn.Module:
+        """Complete a block, which the block store calls `name`."""
+        if self.is_exact:
+            activation = block.get_submodule(self.architecture.activation)
+            block.set_submodule(self.architecture.activation, ExactActivation(activation))
+        if self.streams is not None and self.architecture.experts_name:
+            owner: Any = block.get_submodule(self.architecture.experts_name.rpartition(".")[0])
+            owner.arrivals = self.streams.expert_arrivals(name)
+        return block
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilder:
+    """Builds parts of a loaded span again, when they begin or cease to be streamed."""
+
+    architecture: Architecture
+    streams: OpenSpan
+    builder: PartBuilder
+    finisher: Finisher
+
+    def __call__(self, name: str, is_streamed: bool) -> nn.Module:
+        """Return a block, or the head's linear layer. Raises StorageError."""
+        part = self.architecture.build_part(name)
+        with self.streams.open_part(name) as file:
+            built = self.builder.build(part, streamed_part(self.streams, file, is_streamed=is_streamed))
+        return _head_layer(built) if name == HEAD else self.finisher.finish(name, built)
+
+
+def _head_layer(head: nn.Module) -> nn.Module:
+    return head.get_submodule(HEAD_KEY.rstrip("."))
 
 
 def _open_table(weights: SpanWeights, embedding: Part) -> RowTable:
@@ -212,16 +271,9 @@ def _build_cache(order: LoadOrder, architecture: Architecture, numerics: StageNu
     return KVCache(num_kv_heads, head_dim, order.num_pages, order.page_size, dtype, numerics.device)
 
 
-def _finish(architecture: Architecture, block: nn.Module, numerics: StageNumerics) -> nn.Module:
-    if numerics.is_exact:
-        activation = block.get_submodule(architecture.activation)
-        block.set_submodule(architecture.activation, ExactActivation(activation))
-    return block
-
-
 def _build_exit(architecture: Architecture, head: nn.Module) -> Exit:
     norm = head.get_submodule(architecture.norm_key.rstrip("."))
-    return Exit(norm, head.get_submodule(HEAD_KEY.rstrip(".")), Sampler(architecture.vocab_size))
+    return Exit(norm, _head_layer(head), Sampler(architecture.vocab_size))
 
 
 def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNumerics) -> LoadedSpan:

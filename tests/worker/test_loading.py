@@ -48,6 +48,8 @@ def test_measured_sizes_add_up_to_the_model(tmp_path: Path, architecture: str) -
     total = sum(count.num_parameters for count in (*sizes.blocks, sizes.head)) + sizes.embedding_num_parameters
     assert total - tied == model.num_parameters()
     assert len(sizes.blocks) == len(sizes.kv_elements_per_token) == 3
+    assert (sizes.num_experts > 0) == (sizes.experts[0].num_linear > 0) == (architecture == "mixtral")
+    assert 0 < sizes.num_output_elements <= sizes.blocks[0].num_rows
 
 
 def test_measured_cache_size_counts_grouped_heads() -> None:
