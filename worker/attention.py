@@ -3,10 +3,11 @@
 Covers causal attention with grouped heads, sliding windows and ALiBi; keys and values are read in place. Rotary
 embeddings and projections belong to the block definitions.
 
-Two ways to the same numbers. torch's fused attention takes one contiguous run of slots. The paged way takes any runs,
-and gives a token the same bits whatever is computed with it and however its sequence was cut: a greatest score does
-not depend on order, and everything that does is summed per TILE of positions, tile after tile in the order
-of positions. A tile that a token cannot see adds an exact zero.
+Three ways to the same numbers. Single tokens of several sequences go together, see `worker.decode_attention`. torch's
+fused attention takes one contiguous run of slots. The paged way takes any runs, and gives a token the same bits
+whatever is computed with it and however its sequence was cut: a greatest score does not depend on order, and everything
+that does is summed per TILE of positions, tile after tile in the order of positions. A tile that a token cannot see
+adds an exact zero.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cluster.errors import ConfigurationError
+from worker.decode_attention import DecodePlan, DecodePlans, attend_group
 from worker.kv_cache import TILE, AttentionLayout, KVCache, SliceLayout, SlotRun
 
 MAX_SCORES = 1 << 20  # per tile of queries: bounds the memory of scores and masks
@@ -71,28 +73,40 @@ def attend(
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     is_exact: bool = False,
+    plans: DecodePlans | None = None,
 ) -> Tensor:
     """Store a step's keys and values, then attend; return `[num_tokens, num_heads, head_dim]`.
 
     `query` is `[num_heads, num_tokens, head_dim]`, `key` and `value` `[num_kv_heads, num_tokens, head_dim]`; `block`
     counts from the span's start. A token at position p sees positions `(p - window, p]`. ALiBi adds
     `slope * (key position - p)` to a head's scores. With `is_exact` a token's bits depend on its own sequence alone.
+    The blocks of a step share `plans`.
     """
     cache.write(block, layout, key, value)
     out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
     rules = _Rules(scale, window, alibi_slopes, is_exact)
-    for slice_ in layout.slices:
-        first = rules.first_visible(slice_.start_position)
-        is_one_run = len(tuple(slice_.runs_between(first, slice_.context_length))) == 1
-        is_paged = is_exact or not is_one_run or cache.dtype != query.dtype
-        num_masks = query.shape[0] if is_paged or alibi_slopes is not None else query.shape[0] // key.shape[0]
-        for queries in _query_tiles(slice_, num_masks):
-            start = slice_.start_row + queries.start - slice_.start_position
-            rows = slice(start, start + len(queries))
-            grouped = query[:, rows].view(key.shape[0], -1, len(queries), query.shape[2])
-            part = (_paged if is_paged else _fused)(grouped, cache, block, slice_, queries, rules)
-            out[rows] = part.reshape(query.shape[0], len(queries), -1).transpose(0, 1)
+    plan = DecodePlan((), layout.slices) if is_exact else (plans or DecodePlans()).plan(layout, cache, block, window)
+    for group in plan.groups:
+        part = attend_group(query, cache, block, group, scale=scale, alibi_slopes=alibi_slopes)
+        out.index_copy_(0, group.rows, part)
+    for slice_ in plan.others:
+        _attend_slice(out, query, cache, block, slice_, rules)
     return out
+
+
+def _attend_slice(out: Tensor, query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, rules: _Rules) -> None:
+    """Fill the slice's rows of `out`."""
+    num_heads, num_kv_heads = query.shape[0], cache.keys[block].shape[0]
+    first = rules.first_visible(slice_.start_position)
+    is_one_run = len(tuple(slice_.runs_between(first, slice_.context_length))) == 1
+    is_paged = rules.is_exact or not is_one_run or cache.dtype != query.dtype
+    num_masks = num_heads if is_paged or rules.alibi_slopes is not None else num_heads // num_kv_heads
+    for queries in _query_tiles(slice_, num_masks):
+        start = slice_.start_row + queries.start - slice_.start_position
+        rows = slice(start, start + len(queries))
+        grouped = query[:, rows].view(num_kv_heads, -1, len(queries), query.shape[2])
+        part = (_paged if is_paged else _fused)(grouped, cache, block, slice_, queries, rules)
+        out[rows] = part.reshape(num_heads, len(queries), -1).transpose(0, 1)
 
 
 def _query_tiles(slice_: SliceLayout, num_masks: int) -> Iterator[range]:

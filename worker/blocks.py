@@ -201,13 +201,18 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build().eval()
 
 
-def count_weights(module: nn.Module, unquantized: Collection[str] = ()) -> WeightCount:
-    """Count what the checkpoint holds for `module`. Linear layers named in `unquantized` count as small."""
+def count_weights(
+    module: nn.Module, unquantized: Collection[str] = (), is_kept: Callable[[str], bool] = lambda _: False
+) -> WeightCount:
+    """Count what the checkpoint holds for `module`. Linear layers named in `unquantized` count as small; `is_kept`
+    names those that a quantized checkpoint left in 16 bits."""
     linears = {name: shape for name, child in module.named_modules() if (shape := linear_shape(child)) is not None}
-    stored = [shape for name, shape in linears.items() if name not in unquantized]
-    num_linear = sum(num_rows * num_columns for num_rows, num_columns in stored)
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    return WeightCount(num_linear, sum(num_rows for num_rows, _ in stored), num_small=num_parameters - num_linear)
+    stored = {name: shape for name, shape in linears.items() if name not in unquantized}
+    quantized = [shape for name, shape in stored.items() if not is_kept(name)]
+    num_linear = sum(num_rows * num_columns for num_rows, num_columns in quantized)
+    num_kept = sum(num_rows * num_columns for num_rows, num_columns in stored.values()) - num_linear
+    num_small = sum(parameter.numel() for parameter in module.parameters()) - num_linear - num_kept
+    return WeightCount(num_linear, sum(num_rows for num_rows, _ in quantized), num_kept, num_small)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
