@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from cluster.errors import ConfigurationError, StorageError
@@ -130,14 +130,11 @@ class BlockStore:
         """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
         path = self.folder / DESCRIPTION
         text = (json.dumps(asdict(description), indent=1) + "\n").encode()
-        if path.exists() and path.read_bytes() == text:
-            return
-        with self.lock(path.stem), disk_errors(DESCRIPTION, self.folder):
-            try:
-                write_partial(self.disk, path, text)
-                self.disk.replace(partial(path), path)
-            finally:
-                self.remove_leftovers(path.stem)
+        with disk_errors(DESCRIPTION, self.folder):
+            if path.exists() and path.read_bytes() == text:
+                return
+            with self.lock(path.stem):
+                self._replace_description(path, text)
 
     def description(self) -> StoreDescription | None:
         """Return what `describe` wrote; None when nothing did, or its file is damaged."""
@@ -149,6 +146,13 @@ class BlockStore:
             os.utime(self.folder / DESCRIPTION)
         except OSError:
             return
+
+    def _replace_description(self, path: Path, text: bytes) -> None:
+        try:
+            write_partial(self.disk, path, text)
+            self.disk.replace(partial(path), path)
+        finally:
+            self.remove_leftovers(path.stem)
 
 
 def open_store(root: Path, source: ModelSource, precision: Precision) -> BlockStore:
@@ -165,10 +169,11 @@ def open_store(root: Path, source: ModelSource, precision: Precision) -> BlockSt
 
 
 def read_description(folder: Path) -> StoreDescription | None:
-    """Return what a folder was converted from; None when it does not say."""
+    """Return what a folder was converted from; None when it does not say. Another version may say more than we read."""
     try:
-        return StoreDescription(**json.loads((folder / DESCRIPTION).read_text()))
-    except (OSError, ValueError, TypeError):
+        values = json.loads((folder / DESCRIPTION).read_text())
+        return StoreDescription(**{field.name: values[field.name] for field in fields(StoreDescription)})
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 

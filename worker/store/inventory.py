@@ -64,14 +64,16 @@ def list_entries(root: Path) -> list[StoreEntry]:
 
 
 def find_entries(root: Path, name: str) -> list[StoreEntry]:
-    """Return the folders that a key, the beginning of one, or a model's name means. Raises NotFoundError."""
+    """Return the folders that a key, the beginning of just one, or a model's name means. Raises NotFoundError."""
     entries = list_entries(root)
     exact = [entry for entry in entries if entry.key == name]
     named = [entry for entry in entries if entry.description is not None and entry.description.model == name]
-    found = exact or named or [entry for entry in entries if entry.key.startswith(name)]
-    if not found:
+    begun = [entry for entry in entries if entry.key.startswith(name)]
+    if not (exact or named or begun):
         raise NotFoundError(f"nothing in the block store in {root} is called {name}: `cluster store list` shows it")
-    return found
+    if not (exact or named) and len(begun) > 1:
+        raise NotFoundError(f"{name} could mean {', '.join(entry.key for entry in begun)}: say more of the name")
+    return exact or named or begun
 
 
 def prune(entry: StoreEntry) -> Pruned:

@@ -24,12 +24,12 @@ def require_room(
         raise ConfigurationError(
             f"the block store in {root} may take {_text(quota_bytes)} and has taken {_text(taken)}: the "
             f"{_text(needed_bytes)} to be converted do not fit; remove other models with `cluster store prune`, or "
-            "raise the quota"
+            "raise --store-quota"
         )
     existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
     available = measure(existing)
     if needed_bytes + reserve_bytes > available:
-        reserve = f", of which {_text(reserve_bytes)} are to stay free" if reserve_bytes else ""
+        reserve = f", of which {_text(reserve_bytes)} are to stay free (--disk-reserve)" if reserve_bytes else ""
         raise ConfigurationError(
             f"the {_text(needed_bytes)} to be converted do not fit the block store in {root}, whose disk has "
             f"{_text(available)} free{reserve}: make room (`cluster store prune` removes other models), or choose a "

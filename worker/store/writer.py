@@ -8,7 +8,7 @@ weight. A full disk, or any other failure of it, leaves nothing behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -57,7 +57,7 @@ def _write_bytes(
     file = store.disk.create(partial(store.path(plan.part)))
     try:
         writer = _Writer(store, file, on_bytes)
-        placed = tuple(writer.write_weight(place, weight) for place, weight in zip(plan.weights, weights, strict=True))
+        placed = writer.write_weights(plan, iter(weights))
         placed_small = {name: writer.write(place, small[name]) for name, place in plan.small.items()}
         os.ftruncate(file, plan.file_bytes)  # the last slice is padded
         store.disk.sync(file)
@@ -73,9 +73,16 @@ class _Writer:
         self._disk, self._file, self._on_bytes = store.disk, file, on_bytes
         self._unsynced = 0
 
-    def write_weight(self, place: WeightPlace, weight: MemoryWeight) -> WeightPlace:
-        if (weight.name, weight.kind.value, weight.shape) != (place.name, place.kind, place.shape):
-            raise InvariantError(f"{weight.name} was to be written where the plan has {place.name}")
+    def write_weights(self, plan: PartManifest, weights: Iterator[MemoryWeight]) -> tuple[WeightPlace, ...]:
+        """Hold one weight at a time, which `zip` would not: it keeps the last one while it asks for another."""
+        placed = tuple(self._write_weight(place, next(weights, None)) for place in plan.weights)
+        if next(weights, None) is not None:
+            raise InvariantError(f"{plan.part} was given more weights than were planned")
+        return placed
+
+    def _write_weight(self, place: WeightPlace, weight: MemoryWeight | None) -> WeightPlace:
+        if weight is None or (weight.name, weight.kind.value, weight.shape) != (place.name, place.kind, place.shape):
+            raise InvariantError(f"{weight and weight.name} was to be written where the plan has {place.name}")
         shares = {role: _split(tensor, role, place) for role, tensor in join_pieces(weight).items()}
         pieces = tuple(
             self._write_piece(piece, {role: share[index] for role, share in shares.items()})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -66,6 +67,12 @@ def test_equal_descriptions_have_equal_bytes_and_are_written_once(tmp_path: Path
 def test_a_damaged_description_says_nothing(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(text)
     assert read_description(tmp_path) is None
+
+
+def test_what_a_later_version_says_besides_is_passed_over(tmp_path: Path) -> None:
+    values = {"model": "m", "revision": "r", "precision": "int8", "num_blocks": 2, "version": 7, "layers": []}
+    (tmp_path / "model.json").write_text(json.dumps(values))
+    assert read_description(tmp_path) == StoreDescription("m", "r", "int8", 2, 7)
 
 
 def test_a_description_that_does_not_fit_leaves_nothing(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_a_quota_counts_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "block-0000.weights").write_bytes(bytes(100))
     require_room(tmp_path, 50, quota_bytes=150, measure=lambda _: GIB)
-    with pytest.raises(ConfigurationError, match="raise the quota"):
+    with pytest.raises(ConfigurationError, match="raise --store-quota"):
         require_room(tmp_path, 51, quota_bytes=150, measure=lambda _: GIB)
 
 

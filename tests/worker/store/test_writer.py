@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,18 @@ import torch
 
 from cluster.errors import ConfigurationError, InvariantError
 from cluster.model_spec import Precision
-from tests.worker.store.parts import PART, FailingDisk, make_plan, make_small, make_store, make_weights, names, write
+from tests.worker.store.parts import (
+    PART,
+    SHAPES,
+    FailingDisk,
+    make_plan,
+    make_small,
+    make_store,
+    make_weights,
+    names,
+    write,
+)
+from worker.quantization.encode import encode
 from worker.store.folder import BlockStore
 from worker.store.verify import verify_part
 from worker.store.writer import join_pieces, write_part
@@ -43,18 +55,31 @@ def test_the_file_is_as_long_as_planned_and_bytes_are_counted(tmp_path: Path) ->
     assert sum(counted) == large + 4 * (200 + 64 + 77) + 4 * 13 + 2 * 5
 
 
-def test_weights_are_taken_one_at_a_time(tmp_path: Path) -> None:
-    store, events = make_store(tmp_path), []
+def test_one_weight_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    store, held = make_store(tmp_path), []
+
+    def tracked(weight: MemoryWeight) -> MemoryWeight:
+        held.append(weakref.ref(weight.held[0].tensors["weight"]))
+        return weight
 
     def lazily() -> Iterator[MemoryWeight]:
-        for weight in make_weights(Precision.INT8):
-            events.append(weight.name)
-            yield weight
+        for name, shape in SHAPES.items():
+            assert [reference() for reference in held if reference() is not None] == []
+            yield tracked(encode(name, torch.ones(shape), Precision.INT8))
 
     with store.lock(PART):
-        write_part(store, make_plan(Precision.INT8), make_small(), lazily(), lambda _: events.append("written"))
-    assert events[0] == "attention.q"
-    assert "written" in events[1 : events.index("attention.o")]
+        write_part(store, make_plan(Precision.INT8), make_small(), lazily())
+    assert len(held) == 3
+
+
+def test_more_or_fewer_weights_than_planned_are_our_bug(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    weights = make_weights(Precision.INT8)
+    with store.lock(PART):
+        for wrong in ([*weights, weights[0]], weights[:2]):
+            with pytest.raises(InvariantError, match="plan"):
+                write_part(store, make_plan(Precision.INT8), make_small(), wrong)
+    assert names(store) == set()
 
 
 def test_a_weight_of_several_pieces_gives_the_same_bytes(tmp_path: Path) -> None:
