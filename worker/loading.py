@@ -28,6 +28,7 @@ from worker.kv_cache import KVCache
 from worker.linear import LinearNumerics
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, name_of
 from worker.part_weights import PartBuilder, PartTensors, RowTable
+from worker.quantization.bitsandbytes import is_kept
 from worker.sampling import Sampler
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
@@ -52,9 +53,13 @@ class TorchSpanLoader:
         table = architecture.vocab_size * architecture.hidden_size
         blocks = range(architecture.num_blocks)
         built = architecture.build_block(0)  # the blocks of every family served have equal shapes
-        count = count_weights(built, architecture.unquantized)
+        block, experts_key = architecture.prefix + architecture.block_key(0), f"{architecture.experts_name}."
+        count = count_weights(built, architecture.unquantized, lambda name: is_kept(config, block + name))
         experts = [child for name, child in built.named_modules() if name and name == architecture.experts_name]
-        expert_count = sum((count_weights(child) for child in experts), WeightCount())
+        expert_count = sum(
+            (count_weights(child, (), lambda name: is_kept(config, block + experts_key + name)) for child in experts),
+            WeightCount(),
+        )
         num_experts = len(list(experts[0].children())) if experts else 0
         num_chosen = architecture.num_chosen_experts
         norm = count_weights(architecture.build_norm())
@@ -63,7 +68,7 @@ class TorchSpanLoader:
             experts=(expert_count,) * len(blocks),
             num_experts=num_experts,
             embedding_num_parameters=table + count_weights(architecture.build_embedding()).num_parameters,
-            head=norm + WeightCount(num_linear=table, num_rows=architecture.vocab_size),
+            head=norm + _count_head(config, table, architecture.vocab_size),
             kv_elements_per_token=(2 * architecture.num_kv_heads * architecture.head_dim,) * len(blocks),
             hidden_size=architecture.hidden_size,
             num_output_elements=count.num_rows
@@ -135,6 +140,12 @@ class TorchSpanLoader:
         if uses_disk(order):
             weights.stream(order, parts)
         return weights
+
+
+def _count_head(config: Mapping[str, Any], num_parameters: int, num_rows: int) -> WeightCount:
+    if is_kept(config, HEAD_KEY.rstrip(".")):
+        return WeightCount(num_kept=num_parameters)
+    return WeightCount(num_linear=num_parameters, num_rows=num_rows)
 
 
 class SpanWeights(Protocol):

@@ -10,6 +10,7 @@ Covers reading; `cluster.hub.model_config` refuses other schemes before anything
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,6 +53,19 @@ def quantized_kind(names: Collection[str], name: str) -> Precision | None:
 def is_quantized_twice(names: Collection[str], name: str) -> bool:
     """Tell whether an NF4 weight's absmaxes are quantized themselves."""
     return name + ".nested_absmax" in names
+
+
+def is_kept(config: Mapping[str, Any], module: str) -> bool:
+    """Tell whether config.json says that a linear layer, by its full name, was left in 16 bits: by default the head.
+
+    For estimates: reading goes by what the checkpoint holds. The rules of names are transformers' own.
+    """
+    scheme = config.get("quantization_config")
+    if not scheme:
+        return False
+    patterns = scheme.get("llm_int8_skip_modules") or ["lm_head"]
+    boundary = r"(?:(?<=\.)|(?=\.|$))"
+    return any(re.match(f"(?:{pattern}){boundary}", module) or module.endswith(pattern) for pattern in patterns)
 
 
 def read_quantized(checkpoint: Tensors, name: str, layer: str, shape: tuple[int, int]) -> MemoryWeight:
