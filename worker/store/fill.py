@@ -127,8 +127,9 @@ class StoreFiller:
         require_room(
             root,
             num_bytes,
+            source_bytes=download if is_one_disk else 0,
             quota_bytes=options.quota_bytes,
-            reserve_bytes=options.reserve_bytes + (download if is_one_disk else 0),
+            reserve_bytes=options.reserve_bytes,
             measure=self._measure,
         )
 

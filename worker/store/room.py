@@ -13,27 +13,40 @@ _GIB = 1 << 30
 
 
 def require_room(
-    root: Path, needed_bytes: int, *, quota_bytes: int = 0, reserve_bytes: int = 0, measure: FreeBytes
+    root: Path,
+    needed_bytes: int,
+    *,
+    source_bytes: int = 0,
+    quota_bytes: int = 0,
+    reserve_bytes: int = 0,
+    measure: FreeBytes,
 ) -> None:
     """Raise ConfigurationError unless `needed_bytes` more fit in the block store below `root`, which need not exist.
 
-    `quota_bytes` is the most that the store may take, 0 for no such limit; `reserve_bytes` of the disk stay free.
+    `source_bytes` will be downloaded to the same disk besides; `quota_bytes` is the most that the store may take, 0
+    for no such limit; `reserve_bytes` of the disk stay free.
     """
-    taken = used_bytes(root) if quota_bytes else 0
-    if quota_bytes and taken + needed_bytes > quota_bytes:
+    if quota_bytes:
+        _require_quota(root, needed_bytes, quota_bytes)
+    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    available = measure(existing)
+    if needed_bytes + source_bytes + reserve_bytes > available:
+        source = f", and the {_text(source_bytes)} of the checkpoint to be downloaded," if source_bytes else ""
+        reserve = f", of which {_text(reserve_bytes)} are to stay free (--disk-reserve)" if reserve_bytes else ""
+        raise ConfigurationError(
+            f"the {_text(needed_bytes)} to be converted{source} do not fit the block store in {root}, whose disk has "
+            f"{_text(available)} free{reserve}: make room (`cluster store prune` removes other models), or choose a "
+            "folder on a larger disk with --store-dir"
+        )
+
+
+def _require_quota(root: Path, needed_bytes: int, quota_bytes: int) -> None:
+    taken = used_bytes(root)
+    if taken + needed_bytes > quota_bytes:
         raise ConfigurationError(
             f"the block store in {root} may take {_text(quota_bytes)} and has taken {_text(taken)}: the "
             f"{_text(needed_bytes)} to be converted do not fit; remove other models with `cluster store prune`, or "
             "raise --store-quota"
-        )
-    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
-    available = measure(existing)
-    if needed_bytes + reserve_bytes > available:
-        reserve = f", of which {_text(reserve_bytes)} are to stay free (--disk-reserve)" if reserve_bytes else ""
-        raise ConfigurationError(
-            f"the {_text(needed_bytes)} to be converted do not fit the block store in {root}, whose disk has "
-            f"{_text(available)} free{reserve}: make room (`cluster store prune` removes other models), or choose a "
-            "folder on a larger disk with --store-dir"
         )
 
 

@@ -21,6 +21,12 @@ def test_a_disk_without_room_is_refused_with_numbers_and_way_out(tmp_path: Path)
         assert word in caught.value.message
 
 
+def test_a_download_to_the_same_disk_counts(tmp_path: Path) -> None:
+    require_room(tmp_path, GIB, source_bytes=2 * GIB, measure=lambda _: 3 * GIB)
+    with pytest.raises(ConfigurationError, match=r"and the 2\.00 GiB of the checkpoint to be downloaded, do not fit"):
+        require_room(tmp_path, GIB, source_bytes=2 * GIB, measure=lambda _: 3 * GIB - 1)
+
+
 def test_a_quota_counts_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "key").mkdir()
     (tmp_path / "key" / "block-0000.weights").write_bytes(bytes(100))
