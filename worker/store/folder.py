@@ -24,7 +24,7 @@ from pathlib import Path
 from cluster.errors import ConfigurationError, StorageError
 from cluster.model_spec import ModelSource, Precision
 from worker.store.disk import PARTIAL, Disk, SystemDisk, disk_errors, partial, write_partial
-from worker.store.key import model_name, order_parts, revision, store_key
+from worker.store.key import is_part, model_name, order_parts, revision, store_key
 from worker.store.manifest import FORMAT_VERSION, PartManifest, from_json
 
 DESCRIPTION = "model.json"
@@ -65,8 +65,7 @@ class BlockStore:
 
     def parts(self) -> list[str]:
         """Return the parts that were written, in the order of a pass."""
-        manifests = (path for path in self.folder.glob("*" + MANIFEST) if path.name != DESCRIPTION)
-        return order_parts({path.stem for path in manifests})
+        return order_parts({path.stem for path in self.folder.glob("*" + MANIFEST) if is_part(path.stem)})
 
     def manifest(self, part: str) -> PartManifest:
         """Read a manifest. Raises StorageError when it is missing or damaged, ConfigurationError of another version."""

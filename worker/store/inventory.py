@@ -15,10 +15,11 @@ from pathlib import Path
 from cluster.errors import NotFoundError
 from worker.store.disk import PARTIAL, disk_errors
 from worker.store.folder import DESCRIPTION, LOCK, MANIFEST, WEIGHTS, BlockStore, StoreDescription
-from worker.store.key import all_parts
+from worker.store.key import all_parts, is_part
 from worker.store.manifest import FORMAT_VERSION
 from worker.store.room import used_bytes
 
+_DESCRIPTION_STEM = DESCRIPTION.partition(".")[0]
 _SUFFIXES = (WEIGHTS, MANIFEST, LOCK, PARTIAL)
 
 
@@ -115,7 +116,7 @@ def remove_damaged(store: BlockStore, parts: Sequence[str]) -> list[str]:
 def _entry(store: BlockStore) -> StoreEntry | None:
     """Return None for a folder that is not ours, not readable, or removed meanwhile."""
     try:
-        return _describe(store) if _is_ours(store.folder) else None
+        return _describe(store) if _is_ours(store) else None
     except OSError:
         return None
 
@@ -132,8 +133,8 @@ def _describe(store: BlockStore) -> StoreEntry:
     )
 
 
-def _is_ours(folder: Path) -> bool:
-    return (folder / DESCRIPTION).exists() or any(path.suffix in _SUFFIXES for path in folder.iterdir())
+def _is_ours(store: BlockStore) -> bool:
+    return store.description() is not None or any(is_part(stem) for stem in _stems(store))
 
 
 def _last_used(folder: Path) -> float:
@@ -144,7 +145,8 @@ def _last_used(folder: Path) -> float:
 def _stems(store: BlockStore) -> list[str]:
     """Return the names of parts, and of the description, of which any file is there."""
     names = {path.name for path in store.folder.iterdir() if path.suffix in _SUFFIXES}
-    return sorted({name.partition(".")[0] for name in names})
+    stems = {name.partition(".")[0] for name in names}
+    return sorted(stem for stem in stems if is_part(stem) or stem == _DESCRIPTION_STEM)
 
 
 def _remove_part(store: BlockStore, part: str) -> bool:

@@ -55,6 +55,11 @@ def part_block(part: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_part(name: str) -> bool:
+    """Tell whether a name is a part's."""
+    return name in (EMBEDDING, HEAD) or part_block(name) is not None
+
+
 def order_parts(parts: set[str]) -> list[str]:
     """Return parts in the order of a pass: embedding, blocks, head."""
     return sorted(parts, key=lambda part: (part == HEAD, part != EMBEDDING, part_block(part) or 0, part))

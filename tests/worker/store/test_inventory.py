@@ -37,10 +37,22 @@ def test_an_entry_tells_what_is_there_and_what_is_missing(tmp_path: Path) -> Non
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    for name in ("config.json", "tokenizer.json", "model.json", "yarn.lock", "model.safetensors", "cat.part"):
+        (tmp_path / "checkpoint").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint" / name).write_text("{}")
     assert list_entries(tmp_path) == []
     assert list_entries(tmp_path / "none") == []
+
+
+def test_other_files_beside_parts_are_neither_parts_nor_pruned(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store)
+    for name in ("config.json", "tokenizer.json"):
+        (store.folder / name).write_text("{}")
+    (entry,) = list_entries(tmp_path)
+    assert entry.parts == (PART,)
+    assert prune(entry).in_use == ()
+    assert {path.name for path in store.folder.iterdir()} == {"config.json", "tokenizer.json"}
 
 
 def test_a_folder_is_found_by_key_its_beginning_or_the_models_name(tmp_path: Path) -> None:
