@@ -119,9 +119,10 @@ class PartOfCheckpoint:
             return self.source.quantized(key, layer)
         found = self.source.tensor(key, layer.shape[::-1] if layer.is_transposed else layer.shape)
         encoded = self._encode(layer.name, found.t() if layer.is_transposed else found)
-        floats = encoded.small if self.precision.is_quantized else encoded.held[0].tensors
-        if self.precision.is_quantized or DTYPES[self.precision.value] != found.dtype:
-            _check_finite(key, floats.values(), self.precision)
+        if self.precision.is_quantized:
+            _check_finite(key, found.sum(dtype=torch.float32), self.precision)
+        elif DTYPES[self.precision.value] != found.dtype:
+            _check_finite(key, encoded.held[0].tensors["weight"], self.precision)
         return encoded
 
     def spec(self, layer: LinearLayer) -> WeightSpec:
@@ -138,7 +139,7 @@ class PartOfCheckpoint:
         if self.precision.is_quantized or found.dtype == DTYPES[self.precision.value]:
             return found
         rounded = found.to(DTYPES[self.precision.value])
-        _check_finite(key, (rounded,), self.precision)
+        _check_finite(key, rounded, self.precision)
         return rounded
 
     def _encode(self, name: str, weight: Tensor) -> MemoryWeight:
@@ -153,6 +154,7 @@ class DirectWeights:
 
     def __init__(self, weights: CheckpointWeights, precision: Precision) -> None:
         self._weights, self._precision = weights, precision
+        self.streams = None
 
     def __enter__(self) -> Self:
         return self
@@ -182,8 +184,8 @@ def needed_names(architecture: Architecture, parts: Iterable[Part]) -> frozenset
     return frozenset(names.union(*(companion_names(name) for name in names if name.endswith("weight"))))
 
 
-def _check_finite(key: str, tensors: Iterable[Tensor], precision: Precision) -> None:
-    if all(bool(tensor.isfinite().all()) for tensor in tensors):
+def _check_finite(key: str, values: Tensor, precision: Precision) -> None:
+    if bool(values.isfinite().all()):
         return
     if precision is Precision.FP16:
         raise ConfigurationError(f"tensor {key} has values that do not fit fp16: use --precision bf16")

@@ -6,7 +6,6 @@ them are `worker.part_weights`' business.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -24,11 +23,13 @@ from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_to_checkpoints
 from worker.checkpoint_weights import CheckpointWeights, DirectWeights, needed_names
 from worker.executor import LoadedSpan
+from worker.heap import trim_heap
 from worker.kv_cache import KVCache
 from worker.linear import LinearNumerics
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, name_of
 from worker.part_weights import PartBuilder, PartTensors, RowTable
-from worker.quantization.bitsandbytes import is_kept
+from worker.quantization.bitsandbytes import has_plain_absmaxes, is_kept
+from worker.quantization.nf4 import BLOCK
 from worker.sampling import Sampler
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
@@ -55,6 +56,8 @@ class TorchSpanLoader:
         built = architecture.build_block(0)  # the blocks of every family served have equal shapes
         block, experts_key = architecture.prefix + architecture.block_key(0), f"{architecture.experts_name}."
         count = count_weights(built, architecture.unquantized, lambda name: is_kept(config, block + name))
+        if has_plain_absmaxes(config):
+            count += WeightCount(num_small=count.num_linear // BLOCK)
         experts = [child for name, child in built.named_modules() if name and name == architecture.experts_name]
         expert_count = sum(
             (count_weights(child, (), lambda name: is_kept(config, block + experts_key + name)) for child in experts),
@@ -249,14 +252,6 @@ class _Progress:
         self._num_done = min(self._num_all, self._num_done + num_parameters)
         done, total = (int(number * self._bits / 8) for number in (self._num_done, self._num_all))
         self._on_progress(LoadProgress("loading", done, total))
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system. glibc would keep what converting took, where tensors are below its mapping
-    threshold: half as much again as the weights of TinyLlama's shape in bf16."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _check_span(order: LoadOrder, architecture: Architecture) -> None:

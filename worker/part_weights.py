@@ -49,6 +49,12 @@ class PartBuilder:
         self.scratch = Scratch()
         self.weight_bytes = 0  # held in memory so far
 
+    def again(self) -> PartBuilder:
+        """Return a builder for parts that are built again later: nobody waits for its progress."""
+        builder = PartBuilder(self.numerics, lambda _: None)
+        builder.scratch = self.scratch
+        return builder
+
     def build(self, part: Part, tensors: PartTensors) -> nn.Module:
         """Return the part's module, loaded. Its meta module is used up, even when this raises."""
         source = _PartWeights(self, part, tensors)

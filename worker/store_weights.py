@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -27,6 +28,7 @@ from worker.store.manifest import WeightPlace
 from worker.store.reader import PartFile
 from worker.store.verify import verify_part
 from worker.stored_weight import StoredWeight
+from worker.stream.opening import OpenSpan
 from worker.weights import CheckpointSource
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,12 @@ BringWeight = Callable[[PartFile, WeightPlace], StoredWeight]
 def uses_store(order: LoadOrder) -> bool:
     """Tell whether an order's weights come from the block store. Others that fit into memory are read from the
     checkpoint itself, so that the disk need not hold them twice."""
-    is_streamed = order.num_streamed > 0 or order.expert_cache_bytes > 0
-    return order.precision.is_quantized or is_streamed or is_converted(order)
+    return order.precision.is_quantized or uses_disk(order) or is_converted(order)
+
+
+def uses_disk(order: LoadOrder) -> bool:
+    """Tell whether some weights are read while the stage computes."""
+    return order.num_streamed > 0 or order.expert_cache_bytes > 0
 
 
 class StoreWeights:
@@ -61,23 +67,33 @@ class StoreWeights:
             else StoreFiller(order, architecture, self.store, open_source, on_progress)
         )
         self._open: list[PartFile] = []
+        self.streams: OpenSpan | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for file in self._open:
             file.close()
+        if any(error) and self.streams is not None:
+            self.streams.close()
+
+    def stream(self, order: LoadOrder, parts: Sequence[Part]) -> None:
+        """Let what the order says come from disk while the stage computes. `streams` outlives this."""
+        shifting = [part.name for part in parts if part.name != EMBEDDING]
+        self.streams = OpenSpan(order, shifting, lambda name: PartFile(self.store, name))
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Make what is missing. Raises ConfigurationError, and what downloading does."""
         self._filler.fill(parts)
 
-    def part(self, part: Part, bring: BringWeight = PartFile.read_weight) -> StoredPart:
+    def part(self, part: Part) -> StoredPart:
         """Return a part's tensors. Raises StorageError when it is damaged."""
         file = PartFile(self.store, part.name)
         self._open.append(file)
-        return StoredPart(file, bring)
+        if self.streams is None:
+            return StoredPart(file, PartFile.read_weight)
+        return streamed_part(self.streams, file, is_streamed=self.streams.is_streamed(part.name))
 
     def table(self) -> StoredTable:
         """Return the embedding's rows, compared with their checksums now. Raises StorageError."""
@@ -123,6 +139,11 @@ class StoredPart:
             f"{self.file.path} holds {name} as {list(found)}, but config.json implies {list(expected)}: they belong to "
             "different models"
         )
+
+
+def streamed_part(streams: OpenSpan, file: PartFile, *, is_streamed: bool) -> StoredPart:
+    """Return the tensors of a part some of which may come from disk while the stage computes."""
+    return StoredPart(file, partial(streams.bring, is_streamed=is_streamed))
 
 
 class StoredTable:

@@ -5,7 +5,7 @@ Covers opening and closing them together and a step's account; `worker.loading` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,6 @@ from worker.stream.experts import ExpertCache
 from worker.stream.readers import Readers
 from worker.stream.residency import Residency
 from worker.stream.ring import ReadCounters, SliceRing
-from worker.stream.streamed_file import StreamedFile
 
 
 @dataclass(slots=True)
@@ -25,10 +24,20 @@ class DiskWeights:
 
     readers: Readers
     counters: ReadCounters
-    files: Sequence[StreamedFile]
+    close_files: Callable[[], None]
     ring: SliceRing | None = None
     residency: Residency | None = None  # with a ring
     experts: ExpertCache | None = None
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that a pass reads through the ring now."""
+        return self.residency.streamed_bytes if self.residency is not None else 0
+
+    @property
+    def shifting_bytes(self) -> int:
+        """Bytes of the resident weights that may yet be streamed."""
+        return self.residency.weight_bytes if self.residency is not None else 0
 
     def begin_pass(self, cache: KVCache, place: Callable[[int, nn.Module], None]) -> None:
         """Shift parts between memory and disk as the pages in use demand, see Residency."""
@@ -43,14 +52,11 @@ class DiskWeights:
         """
         if self.ring is not None:
             self.ring.release()
-        if self.residency is not None:
-            resident_bytes += self.residency.weight_bytes
-        if self.experts is not None:
-            resident_bytes += self.experts.cached_bytes
-        return WeightTraffic(self.counters.read_bytes, self.counters.stall_ns, resident_bytes)
+        cached = self.experts.cached_bytes if self.experts is not None else 0
+        resident = resident_bytes + self.shifting_bytes + cached
+        return WeightTraffic(self.counters.read_bytes, self.counters.stall_ns, resident)
 
     def close(self) -> None:
         """End the threads and close the files."""
         self.readers.close()
-        for file in self.files:
-            file.close()
+        self.close_files()

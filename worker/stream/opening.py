@@ -1,84 +1,125 @@
 """From an order and the parts of its span to readers, ring and experts' cache, and to weights that come through them.
 
-Covers wiring; `worker.loading` builds modules over what `bring_streamed` and `bring_resident` return.
+Covers wiring; `worker.loading` builds modules over the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
 from cluster.load_order import LoadOrder
-from worker.store.manifest import PartManifest, WeightPlace
+from worker.store.manifest import WeightPlace
 from worker.store.reader import PartFile
 from worker.stored_weight import StoredWeight
 from worker.stream.disk_weights import DiskWeights
 from worker.stream.experts import ExpertCache
-from worker.stream.probe import ProbeResult
+from worker.stream.probe import ProbeResult, probe
 from worker.stream.readers import Readers
-from worker.stream.residency import Residency, ShiftingPart
+from worker.stream.residency import Residency, ShiftingPart, parts_in_order
 from worker.stream.ring import ReadCounters, SliceRing
 from worker.stream.streamed_file import Extent, StreamedFile, expert_extents, slice_extents
 from worker.stream.streamed_weight import StreamedWeight
 
 
 class OpenSpan:
-    """The blocks of one span, and the head of the last stage, as they come from disk."""
+    """The blocks of one span, and the head of the last stage, as they come from disk.
 
-    def __init__(self, order: LoadOrder, files: Sequence[PartFile], probed: ProbeResult) -> None:
-        """`files` are open only for what is read now. Raises ConfigurationError for a ring or a cache too small."""
-        self._order, self._files = order, tuple(files)
-        self._counters = ReadCounters()
-        self._readers = Readers(probed.plan, name=f"stage-{order.stage}")
-        self._streamed = {
-            file.manifest.part: StreamedFile(file.manifest.part, file.path, is_direct=probed.plan.is_direct)
-            for file in files
+    Holds them open, so that their files are not pruned, until it is closed or what it made is.
+    """
+
+    def __init__(
+        self,
+        order: LoadOrder,
+        parts: Sequence[str],
+        open_part: Callable[[str], PartFile],
+        measure: Callable[[Sequence[Path]], ProbeResult] = probe,
+    ) -> None:
+        """`parts` are the blocks in order, then perhaps the head. Measures the disk.
+
+        Raises ConfigurationError for a ring or a cache too small, StorageError for a part that is not there.
+        """
+        self._order, self._open_part = order, open_part
+        self._files: dict[str, PartFile] = {}
+        self._streamed: dict[str, StreamedFile] = {}
+        try:
+            self._open(parts, measure)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, parts: Sequence[str], measure: Callable[[Sequence[Path]], ProbeResult]) -> None:
+        for name in parts:
+            self._files[name] = self._open_part(name)
+        self._probed = measure([file.path for file in self._files.values()])
+        plan = self._probed.plan
+        for name, file in self._files.items():
+            self._streamed[name] = StreamedFile(name, file.path, is_direct=plan.is_direct)
+        self._slices = {name: slice_extents(file.manifest, self._streamed[name]) for name, file in self._files.items()}
+        self._experts = {
+            name: expert_extents(file.manifest, self._streamed[name]) for name, file in self._files.items()
         }
-        self._slices = {name: slice_extents(self._manifest(name), file) for name, file in self._streamed.items()}
-        self._experts = {name: expert_extents(self._manifest(name), file) for name, file in self._streamed.items()}
-        self._ring = self._make_ring() if order.num_streamed else None
-        self._cache = self._make_cache() if order.expert_cache_bytes else None
+        self._counters = ReadCounters()
+        self._readers = Readers(plan, name=f"stage-{self._order.stage}")
+        self._ring = self._make_ring() if self._order.num_streamed else None
+        self._cache = self._make_cache() if self._order.expert_cache_bytes else None
 
-    def bring_streamed(self, file: PartFile, place: WeightPlace) -> StoredWeight:
-        """Return a weight that passes through the ring."""
-        assert self._ring is not None
-        small = file.read_weight_small(place)
-        return StreamedWeight(place, small, self._slices[file.manifest.part], self._ring)
+    @property
+    def bytes_per_second(self) -> float:
+        """What the probe gave."""
+        return self._probed.bytes_per_second
 
-    def bring_resident(self, file: PartFile, place: WeightPlace) -> StoredWeight:
-        """Return a weight in memory, or one that passes through the experts' cache if there is one."""
-        expert = file.manifest.slices[place.pieces[0].slice_index].expert
-        if self._cache is None or expert is None:
+    def open_part(self, part: str) -> PartFile:
+        """Open a part once more: it may have been made again."""
+        return self._open_part(part)
+
+    def is_streamed(self, part: str) -> bool:
+        """Tell whether a part is streamed at first; parts of another kind never are."""
+        first = parts_in_order(len(self._order.span), len(self._files))[: self._order.num_streamed]
+        return part in {tuple(self._files)[index] for index in first}
+
+    def bring(self, file: PartFile, place: WeightPlace, *, is_streamed: bool) -> StoredWeight:
+        """Return a weight of a part that is streamed, or resident with its experts perhaps read on demand."""
+        part = file.manifest.part
+        if part not in self._files:
             return file.read_weight(place)
-        extent = self._experts[file.manifest.part][expert]
-        extents = (extent,) * len(file.manifest.slices)
-        return StreamedWeight(place, file.read_weight_small(place), extents, self._cache)
+        expert = file.manifest.slices[place.pieces[0].slice_index].expert
+        if is_streamed and self._ring is not None:
+            return StreamedWeight(place, file.read_weight_small(place), self._slices[part], self._ring)
+        if self._cache is not None and expert is not None:
+            extents = (self._experts[part][expert],) * len(file.manifest.slices)
+            return StreamedWeight(place, file.read_weight_small(place), extents, self._cache)
+        return file.read_weight(place)
 
     def expert_arrivals(self, part: str) -> Callable[[Sequence[int]], Iterable[int]]:
         """Return what a block's SparseExperts asks for experts."""
         return partial(self._cache.arrivals, self._experts[part]) if self._cache is not None else iter
 
-    def disk_weights(self, builds: Sequence[Callable[[bool], nn.Module]]) -> DiskWeights:
-        """Return what the stage owns. `builds[i]` builds part i, streamed or not: a block, or the head's linear layer.
+    def disk_weights(self, build: Callable[[str, bool], nn.Module]) -> DiskWeights:
+        """Return what the stage owns; reading ahead begins.
 
-        Reading ahead begins.
+        `build(part, is_streamed)` builds a part anew: a block, or the head's linear layer.
         """
         residency = None
         if self._ring is not None:
             parts = [
-                ShiftingPart(file.manifest.streamed_bytes, self._slices[file.manifest.part], build)
-                for file, build in zip(self._files, builds, strict=True)
+                ShiftingPart(file.manifest.streamed_bytes, self._slices[name], partial(build, name))
+                for name, file in self._files.items()
             ]
             order = self._order
             residency = Residency(parts, len(order.span), order.num_streamed, order.memory_bytes, self._ring)
             residency.start()
-        files = tuple(self._streamed.values())
-        return DiskWeights(self._readers, self._counters, files, self._ring, residency, self._cache)
+        return DiskWeights(self._readers, self._counters, self.close, self._ring, residency, self._cache)
 
-    def _manifest(self, part: str) -> PartManifest:
-        return next(file.manifest for file in self._files if file.manifest.part == part)
+    def close(self) -> None:
+        """Close the files."""
+        for streamed in self._streamed.values():
+            streamed.close()
+        for file in self._files.values():
+            file.close()
 
     def _make_ring(self) -> SliceRing:
         slot_bytes = _largest(extent for extents in self._slices.values() for extent in extents)

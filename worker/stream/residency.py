@@ -6,7 +6,6 @@ Covers the choice and its performance; the ring is `worker.stream.ring`'s. Parts
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from cluster.errors import ConfigurationError
 from cluster.span import streaming_order
+from worker.heap import trim_heap
 from worker.kv_cache import KVCache
 from worker.stream.ring import SliceRing
 from worker.stream.streamed_file import Extent
@@ -49,6 +49,11 @@ def choose_num_streamed(sizes: Sequence[int], kv_bytes: int, budget: int, curren
     return num_streamed
 
 
+def parts_in_order(num_blocks: int, num_parts: int) -> tuple[int, ...]:
+    """Return in which order the parts of a span give up their memory: blocks, then perhaps the head."""
+    return (*streaming_order(num_blocks), *range(num_blocks, num_parts))
+
+
 class Residency:
     """The parts of one span. All methods are the compute thread's."""
 
@@ -63,7 +68,7 @@ class Residency:
         """`parts` are the blocks in order, then perhaps the head. `budget_bytes` is for their weights and for keys and
         values, see LoadOrder. Building the parts at first, by `is_streamed`, is the caller's; then `start`."""
         self._parts = tuple(parts)
-        self._order = (*streaming_order(num_blocks), *range(num_blocks, len(parts)))
+        self._order = parts_in_order(num_blocks, len(parts))
         if num_streamed > len(parts):
             raise ConfigurationError(f"{num_streamed} parts are to be streamed, but the span has {len(parts)}")
         self._sizes = tuple(parts[index].weight_bytes for index in self._order)
@@ -132,10 +137,3 @@ class Residency:
     def _streamed_extents(self) -> list[Extent]:
         streamed = sorted(self._order[: self._num_streamed])
         return [extent for index in streamed for extent in self._parts[index].extents]
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system: glibc keeps tensors below its mapping threshold."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
