@@ -6,6 +6,8 @@ rows on one thread that takes about half the time of `torch.nn.functional.linear
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,6 +19,7 @@ from worker.stored_weight import Piece, StoredWeight
 MIN_ROWS = 4  # oneDNN takes longer for 1 to 3 rows than for 4, and only a single row gets other bits than among others
 FIXED_ROWS = 64  # of exact products where a library's bits depend on the number of rows
 PACKING_ROWS = 8  # the number of rows to pack for; packs for 8 to 512 take equally long at every number of rows
+ROW_STEP = 16  # output rows; where weights are cut at other numbers, oneDNN's fp32 rounds otherwise than over the whole
 SCRATCH_BYTES = 4 << 20  # of upcast weights at a time; oneDNN's cost per call outweighs a better fitting cache
 
 
@@ -75,15 +78,15 @@ class PieceLinear(Linear):
     ) -> None:
         super().__init__(weight.shape[0], bias, min_rows)
         self.weight, self.scratch, self._compute = weight, scratch, numerics.compute
-        self._tile = max(1, SCRATCH_BYTES // (4 * weight.shape[1]))
+        self._tile = max(1, SCRATCH_BYTES // (4 * weight.shape[1] * ROW_STEP)) * ROW_STEP
 
     def multiply(self, rows: Tensor) -> Tensor:
         out = rows.new_empty(rows.shape[0], self.num_out)
         for piece in self.weight.pieces():
-            for start in range(0, piece.num_rows, self._tile):
-                stored = piece.tensors["weight"][start : start + self._tile]
-                first, last = piece.first_row + start, piece.first_row + start + stored.shape[0]
-                out[:, first:last] = _onednn(rows, self._upcast(stored), _part(self.bias, first, stored.shape[0]))
+            for start, stop in _tiles(piece.num_rows, self._tile):
+                weight = self._upcast(piece.tensors["weight"][start:stop])
+                first, count = piece.first_row + start, stop - start
+                out[:, first : first + count] = _onednn(rows, weight, _part(self.bias, first, count))
         return out
 
     def _upcast(self, stored: Tensor) -> Tensor:
@@ -101,6 +104,12 @@ def build_floating(weight: StoredWeight, bias: Tensor | None, numerics: LinearNu
         return PackedLinear(weight, bias)
     min_rows = MIN_ROWS if numerics.is_exact or is_stored_as_computed else 1
     return PieceLinear(weight, bias, numerics, scratch, min_rows)
+
+
+def _tiles(num_rows: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut rows into tiles of `size`, the last one with less than ROW_STEP rows more."""
+    starts = range(0, max(1, num_rows - ROW_STEP + 1), size)
+    return zip(starts, [*starts[1:], num_rows], strict=True)
 
 
 def _part(bias: Tensor | None, first: int, count: int) -> Tensor | None:
