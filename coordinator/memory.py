@@ -90,7 +90,9 @@ class Ledger:
         """Return the bytes that stay in memory whatever is streamed: norms, biases, scales, tables of positions."""
         num_bytes = self._small_sums[span.end] - self._small_sums[span.start]
         if span.start == 0:  # what follows the embedding; its rows are read from a memory map
-            num_bytes += 4 * max(0, self._sizes.embedding_num_parameters - self._sizes.head.num_linear)
+            num_bytes += 4 * max(
+                0, self._sizes.embedding_num_parameters - self._sizes.head.num_linear - self._sizes.head.num_kept
+            )
         if self.is_last(span):
             num_bytes += self._sizes.head.small_bytes(self.options.precision)
         return num_bytes + 4 * self.options.max_context * self._sizes.rotary_elements_per_token
