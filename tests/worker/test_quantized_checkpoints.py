@@ -74,6 +74,16 @@ def test_layers_left_in_16_bits_are_counted_as_such(tmp_path: Path) -> None:
     assert sizes.blocks[0].num_kept == 64 * 64
 
 
+def test_absmaxes_quantized_once_are_counted(tmp_path: Path) -> None:
+    counts = {}
+    for scheme in ("nf4", "nf4 quantized once"):
+        make_quantized(tmp_path / scheme, scheme)
+        config = json.loads((tmp_path / scheme / "config.json").read_text())
+        counts[scheme] = TorchSpanLoader(torch.device("cpu")).measure(config).blocks[0]
+    more = counts["nf4 quantized once"].resident_bytes(Precision.NF4) - counts["nf4"].resident_bytes(Precision.NF4)
+    assert more >= 3 * counts["nf4"].num_linear // 64
+
+
 def damage(folder: Path, name: str, value: Tensor | None) -> None:
     tensors = load_file(folder / "model.safetensors")
     if value is None:

@@ -68,6 +68,12 @@ def is_kept(config: Mapping[str, Any], module: str) -> bool:
     return any(re.match(f"(?:{pattern}){boundary}", module) or module.endswith(pattern) for pattern in patterns)
 
 
+def has_plain_absmaxes(config: Mapping[str, Any]) -> bool:
+    """Tell whether config.json says that 4-bit weights have fp32 absmaxes, four times as large as those of 8 bits."""
+    scheme = config.get("quantization_config") or {}
+    return scheme.get("load_in_4bit") is True and not scheme.get("bnb_4bit_use_double_quant")
+
+
 def read_quantized(checkpoint: Tensors, name: str, layer: str, shape: tuple[int, int]) -> MemoryWeight:
     """Return weight `name`, `shape` [out, in], as the checkpoint holds it: one piece, which may view its files.
 
