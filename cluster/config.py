@@ -73,7 +73,7 @@ class ServeConfig:
     inter_token_target: float = _setting(
         0.5, "seconds; prompt chunks shrink to keep steps under it while others decode"
     )
-    step_timeout: float = _setting(600.0, "seconds until a step that gives no result counts as lost")
+    step_timeout: float = _setting(600.0, "seconds until a step that passes no block counts as lost")
     load_timeout: float = _setting(600.0, "seconds without any progress until a download or load is given up")
     internal_tls: str = _setting("auto", "between workers: auto (as soon as they are on several nodes), on or off")
     detach: bool = _setting(False, "serve in the background and return once ready")

@@ -34,6 +34,7 @@ SCORE_BYTES = 3 * (4 << 20)  # attention bounds its tiles of scores: these, thei
 LOGITS_BYTES = 32 << 20  # of the head's output at a time
 LOGITS_COPIES = 8  # that sampling takes up to, for a moment
 LOGITS_TILE = 16  # rows that the head computes at least
+WEIGHT_COPIES = 2  # of a weight that is read from a checkpoint: as stored, and as it is multiplied
 PIECE_COPIES = 3  # of what is read at once: as stored, joined with others, and as it is multiplied
 OUTLIER_FACTOR = 2  # int8 computes two more rows for every row with outliers, for the layers that share an input
 PAYLOAD_COPIES = 4  # of hidden states: received, being received, being sent, and as bytes
@@ -116,11 +117,9 @@ class Ledger:
         """Return the bytes of one sequence as long as the context."""
         return self.options.min_pages * self.page_bytes(worker, span)
 
-    def buffer_bytes(self, span: Span) -> int:
+    def buffer_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the most that computing a step takes for a moment, or loading: the two never coincide."""
-        computing = self.step_tokens * self._bytes_per_token() + self._score_bytes() + self._logits_bytes(span)
-        loading = PIECE_COPIES * min(SLICE_BYTES, self._largest_part(span))
-        return PROCESS_BYTES + max(computing, loading)
+        return self._buffer_bytes(span, is_resident=self.is_resident(worker, span))
 
     def affordable_step_tokens(self, span: Span, buffer_bytes: int) -> int:
         """Return how many tokens a step may have for its buffers to stay within `buffer_bytes`."""
@@ -145,18 +144,18 @@ class Ledger:
 
     def room(self, worker: WorkerInfo, span: Span) -> int:
         """Return the bytes for weights, keys, values and ring."""
-        return worker.free_memory_bytes - self.buffer_bytes(span)
+        return worker.free_memory_bytes - self.buffer_bytes(worker, span)
 
     def is_resident(self, worker: WorkerInfo, span: Span) -> bool:
         """Tell whether nothing needs to be read from disk."""
-        return self.weight_bytes(span) + self.min_kv_bytes(worker, span) <= self.room(worker, span)
+        return self._resident_bytes(worker, span) <= worker.free_memory_bytes
 
     def least_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the least memory that the span needs: with all that can be streamed being streamed, or with nothing
         if that is less."""
-        always = self.buffer_bytes(span) + self.min_kv_bytes(worker, span) + self.small_bytes(span)
-        streamed = self._stays_bytes(span) + self._ring_share(worker, span)
-        return max(always + min(self.large_bytes(span), streamed), self._conversion_bytes(span))
+        streamed = self._buffer_bytes(span, is_resident=False) + self.min_kv_bytes(worker, span)
+        streamed += self.small_bytes(span) + self._stays_bytes(span) + self._ring_share(worker, span)
+        return max(min(self._resident_bytes(worker, span), streamed), self._conversion_bytes(span))
 
     def can_serve(self, worker: WorkerInfo, span: Span) -> bool:
         """Tell whether the span fits, streamed as far as it must be, with one sequence as long as the context."""
@@ -212,7 +211,7 @@ class Ledger:
             kv_bytes=kv_bytes,
             shared_bytes=shared,
             ring_bytes=ring,
-            buffer_bytes=self.buffer_bytes(span),
+            buffer_bytes=self.buffer_bytes(worker, span),
             expert_cache_bytes=cache,
         )
 
@@ -242,11 +241,27 @@ class Ledger:
         one_expert = all_experts // self._sizes.num_experts + PADDING_BYTES
         return self.large_bytes(span) - self.expert_bytes(span) + MIN_EXPERTS * one_expert
 
+    def _resident_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the memory that the span needs with nothing being streamed."""
+        buffers = self._buffer_bytes(span, is_resident=True)
+        return self.weight_bytes(span) + self.min_kv_bytes(worker, span) + buffers
+
+    def _buffer_bytes(self, span: Span, *, is_resident: bool) -> int:
+        """What is stored as floats and all resident is read from the checkpoint weight by weight, everything else from
+        the block store piece by piece."""
+        computing = self.step_tokens * self._bytes_per_token() + self._score_bytes() + self._logits_bytes(span)
+        loading = PIECE_COPIES * min(SLICE_BYTES, self._largest_part(span))
+        if is_resident and not self.options.precision.is_quantized:
+            loading = max(loading, WEIGHT_COPIES * self._largest_weight(span))
+        return PROCESS_BYTES + max(computing, loading)
+
     def _conversion_bytes(self, span: Span) -> int:
-        """Return what encoding the largest weight takes, before anything is loaded: of a block at most half."""
-        return PROCESS_BYTES + max(
-            self._head_bytes if self.is_last(span) else 0, max(self._large[span.start : span.end]) // 2
-        )
+        """Return what encoding the largest weight takes, before anything is loaded."""
+        return PROCESS_BYTES + self._largest_weight(span)
+
+    def _largest_weight(self, span: Span) -> int:
+        """Return the bytes of the largest weight: the head, or at most half a block."""
+        return max(self._head_bytes if self.is_last(span) else 0, max(self._large[span.start : span.end]) // 2)
 
     def _least_streamed(self, span: Span, excess_bytes: int) -> tuple[int, int]:
         """Return how many parts to stream, in streaming order, to be rid of `excess_bytes`; and their bytes."""

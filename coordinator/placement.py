@@ -88,7 +88,7 @@ def _streamed_step_tokens(cut: Cut, ledger: Ledger) -> int:
 
 
 def _affordable_tokens(worker: WorkerInfo, span: Span, ledger: Ledger) -> int:
-    budget, buffers = worker.free_memory_bytes, ledger.buffer_bytes(span)
+    budget, buffers = worker.free_memory_bytes, ledger.buffer_bytes(worker, span)
     if ledger.is_resident(worker, span):
         needed = ledger.weight_bytes(span) + ledger.min_kv_bytes(worker, span)
         return ledger.affordable_step_tokens(span, budget - needed)
@@ -223,7 +223,7 @@ def _needs(stage: int, worker: WorkerInfo, span: Span, ledger: Ledger) -> str:
     weights, kv, buffers = (
         ledger.weight_bytes(span),
         ledger.min_kv_bytes(worker, span),
-        ledger.buffer_bytes(span),
+        ledger.buffer_bytes(worker, span),
     )
     taken = f" beside the {_size(worker.process_bytes)} that its process takes" if worker.process_bytes else ""
     host = ""
