@@ -178,11 +178,11 @@ def _build_part(builder: PartBuilder, architecture: Architecture, part: Part, we
     try:
         return builder.build(part, weights.part(part))
     except StorageError as error:
-        weights.rebuild(part, error)
+        fresh = architecture.build_part(part.name)  # the other one is half built
+        weights.rebuild(fresh, error)
+        return builder.build(fresh, weights.part(fresh))
     finally:
         trim_heap()
-    fresh = architecture.build_part(part.name)
-    return builder.build(fresh, weights.part(fresh))
 
 
 @dataclass(frozen=True, slots=True)
