@@ -156,6 +156,6 @@ class StoredTable:
         """Return the rows of token ids `[num_tokens]` as `[num_tokens, hidden_size]`, in the checkpoint's dtype."""
         return self._file.read_rows(self._place, rows.tolist())
 
-    def close(self) -> None:
-        """Close the file."""
+    def __del__(self) -> None:
+        """Close the file with the last reference, as a memory-mapped tensor does."""
         self._file.close()
