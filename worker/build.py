@@ -16,6 +16,7 @@ from cluster.errors import ConfigurationError
 from cluster.placement import WorkerInfo
 from cluster.wire.tls import Credentials
 from worker import checkpoint_client, machine
+from worker.heap import keep_freed_memory
 from worker.loading import TorchSpanLoader
 from worker.numerics import isa
 from worker.order import WorkerOrder
@@ -27,6 +28,7 @@ def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageSe
 
     Raises ConfigurationError when this machine cannot use the device or has not the memory.
     """
+    keep_freed_memory()
     device = machine.choose_device(order.num_gpus)
     num_threads = order.num_threads or max(1, machine.num_cores() // order.num_neighbours)
     return StageServer(

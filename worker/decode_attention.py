@@ -21,7 +21,8 @@ from worker.kv_cache import AttentionLayout, KVCache, SliceLayout
 
 UNIT = 32  # slots gathered at a time: a whole tile would be more in vain
 MAX_GROUP_BYTES = 8 << 20  # of one group's keys and values
-MIN_GROUP = 2  # sequences; a group of fewer is computed where it lies
+MAX_SEQUENCE_BYTES = 512 << 10  # of keys and values; gathering longer ones costs more than it saves
+MIN_GROUP = 2  # sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +63,11 @@ class DecodePlans:
 
 def _plan(slices: Sequence[SliceLayout], keys: Tensor, window: int | None) -> DecodePlan:
     num_kv_heads, _, head_dim = keys.shape
-    max_units = MAX_GROUP_BYTES // (2 * UNIT * num_kv_heads * head_dim * keys.element_size())
-    singles = [slice_ for slice_ in slices if slice_.num_tokens == 1]
-    groups = list(_groups(sorted(singles, key=lambda one: _num_units(one, window)), max_units, window))
+    unit_bytes = 2 * UNIT * num_kv_heads * head_dim * keys.element_size()
+    longest = MAX_SEQUENCE_BYTES // unit_bytes
+    singles = [one for one in slices if one.num_tokens == 1 and _num_units(one, window) <= longest]
+    singles.sort(key=lambda one: _num_units(one, window))
+    groups = list(_groups(singles, MAX_GROUP_BYTES // unit_bytes, window))
     taken = {slice_.start_row for group in groups for slice_ in group}
     return DecodePlan(
         groups=tuple(_describe(group, window, num_kv_heads, keys.device) for group in groups),
