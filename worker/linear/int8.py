@@ -2,8 +2,10 @@
 
 An input row is quantized by itself, symmetrically: its largest magnitude becomes 127. Inputs of at least the outlier
 threshold are taken out first, as LLM.int8 does (https://arxiv.org/abs/2208.07339), but per row rather than per column
-of all rows: neighbours never change a row. The outliers of a row become two more rows of 8-bit digits, which together
-hold 16 bits relative to the largest one, and go through the same product.
+of all rows: neighbours never change a row. The outliers of a row become two rows of 8-bit digits, which together hold
+16 bits relative to the largest one. These go through the same product as two more rows; or, where many rows have
+outliers in few columns, unit rows go through it instead, which bring those columns of the weight, and the digits are
+multiplied with them in fp32: sums below 2^24, so exact and the same.
 
 Why a row has the same bits in any company: its codes come from elementwise operations and a maximum, neither of which
 depends on an order; products of codes are summed exactly, in integers; what follows is elementwise again, one rounding
@@ -21,27 +23,29 @@ import torch
 from torch import Tensor
 
 from worker.linear.base import LinearNumerics
-from worker.linear.int8_products import ZERO_POINT, choose_products
+from worker.linear.int8_products import EXACT_COLUMNS, ZERO_POINT, choose_products
 from worker.stored_weight import StoredWeight
 
 LARGEST_CODE = 127
+UNIT_COST = 8  # what using unit rows costs besides, in rows
 LARGEST_DIGITS = 127 * 256  # what the two digits of a row's largest outlier make
 TINY = 1e-30  # instead of a row's largest magnitude, where that is 0
 
 
 @dataclass(frozen=True, slots=True)
 class Outliers:
-    """Where digits belong: the codes behind those of all rows are high digits of these rows, then their low ones."""
+    """What the product of the codes behind those of all rows means."""
 
     rows: Tensor  # int64 [num_outlier_rows]
     scale: Tensor  # fp32 [num_outlier_rows, 1], of the low digits
+    digits: Tensor | None  # fp32 [2 * num_outlier_rows, num_columns] if those codes are unit rows; None: the digits
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRows:
-    """Rows as a product takes them."""
+    """Rows as a product takes them. Codes are those of the rows, then of outliers; others may follow."""
 
-    codes: Tensor  # uint8 [num_rows + 2 * num_outlier_rows, in], ZERO_POINT for 0; more rows of any content may follow
+    codes: Tensor  # uint8 [at least num_rows, in], ZERO_POINT for 0
     scale: Tensor  # fp32 [num_rows, 1]
     outliers: Outliers | None
 
@@ -49,8 +53,10 @@ class QuantizedRows:
 class RowQuantizer:
     """Quantizes rows, in as few operations as it takes: at one row each costs as much as its numbers."""
 
-    def __init__(self, numerics: LinearNumerics, num_columns: int, min_rows: int) -> None:
-        """`min_rows` is how many rows of codes there are to be at least."""
+    def __init__(self, numerics: LinearNumerics, num_columns: int, min_rows: int, *, can_divide: bool) -> None:
+        """`min_rows` is how many rows of codes there are to be at least. If `can_divide`, a product of a unit row
+        divided by the weights' scales gives a column of the weight."""
+        self._can_divide = can_divide
         self._threshold = numerics.outlier_threshold if numerics.outlier_threshold > 0 else torch.inf
         self._padded = torch.empty(min_rows, num_columns, dtype=torch.uint8, device=numerics.device)
         self._places = [self._padded[:num_rows] for num_rows in range(min_rows)]
@@ -86,14 +92,24 @@ class RowQuantizer:
         chosen = (largest[:, 0] != 0).nonzero()[:, 0]
         if not len(chosen):
             return QuantizedRows(codes, scale, None)
-        outliers = Outliers(chosen, largest[chosen].div_(LARGEST_DIGITS))
-        return QuantizedRows(torch.cat([codes, *_digits(others[chosen], outliers.scale)]), scale, outliers)
+        outlier_scale = largest[chosen].div_(LARGEST_DIGITS)
+        more, digits = self._choose_rows(_digits(others[chosen], outlier_scale))
+        return QuantizedRows(torch.cat([codes, more]), scale, Outliers(chosen, outlier_scale, digits))
+
+    def _choose_rows(self, digits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the fewest rows of codes that give the product of `digits`, and the digits if those are unit rows."""
+        columns = (digits != ZERO_POINT).any(dim=0).nonzero()[:, 0]
+        if not self._can_divide or len(columns) > min(len(digits) - UNIT_COST, EXACT_COLUMNS):
+            return digits, None
+        units = torch.full_like(digits[: len(columns)], ZERO_POINT)
+        units.scatter_(1, columns[:, None], ZERO_POINT + 1)
+        return units, digits[:, columns].float().sub_(ZERO_POINT)
 
 
-def _digits(outliers: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes of two digits: 256 times the first and the second add up to `outliers / scale`, rounded."""
+def _digits(outliers: Tensor, scale: Tensor) -> Tensor:
+    """Return codes, all high digits and then all low ones: 256 * high + low is `outliers / scale`, rounded."""
     whole = torch.div(outliers, scale).round_().to(torch.int32).clamp_(-LARGEST_DIGITS, LARGEST_DIGITS).add_(128)
-    return whole.bitwise_right_shift(8).add_(ZERO_POINT).to(torch.uint8), whole.bitwise_and(255).to(torch.uint8)
+    return torch.cat([whole.bitwise_right_shift(8).add_(ZERO_POINT), whole.bitwise_and_(255)]).to(torch.uint8)
 
 
 class Int8Group:
@@ -106,18 +122,31 @@ class Int8Group:
         self._bias = _join(biases, self._sizes)
         self._compute = numerics.compute
         self._products = choose_products(weights, numerics.device)
-        self._quantizer = RowQuantizer(numerics, weights[0].shape[1], self._products.min_rows)
+        can_divide = bool(self._products.scale.min() > TINY)
+        self._quantizer = RowQuantizer(numerics, weights[0].shape[1], self._products.min_rows, can_divide=can_divide)
 
     def multiply(self, x: Tensor) -> Sequence[Tensor]:
         """Map `[..., in]` to one `[..., out]` per layer, which may be views of one tensor."""
         quantized = self._quantizer.quantize(x.reshape(-1, x.shape[-1]))
-        out = _scale(_gather(self._products.multiply(quantized.codes), sum(self._sizes)), quantized)
+        products = _gather(self._products.multiply(quantized.codes), sum(self._sizes))
+        num_rows = len(quantized.scale)
+        out = (products[:num_rows] if len(products) > num_rows else products).mul_(quantized.scale)
+        if quantized.outliers is not None:
+            self._add_outliers(out, products[num_rows:], quantized.outliers)
         if self._bias is not None:
             out.add_(self._bias)
         if out.dtype is not self._compute:
             out = out.to(self._compute)
         out = out.view(*x.shape[:-1], out.shape[1])
         return torch.split(out, self._sizes, dim=-1) if len(self._sizes) > 1 else (out,)
+
+    def _add_outliers(self, out: Tensor, products: Tensor, outliers: Outliers) -> None:
+        """Add what outliers make to `out`, given the products of the codes behind those of its rows."""
+        if outliers.digits is not None:
+            columns = products.div_(self._products.scale).round_()
+            products = (outliers.digits @ columns).mul_(self._products.scale)
+        high, low = torch.split(products, len(outliers.rows))
+        out[outliers.rows] += high.mul_(256).add_(low).mul_(outliers.scale)
 
 
 def _join(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
@@ -140,14 +169,3 @@ def _gather(products: Iterable[Tensor], num_out: int) -> Tensor:
         out[:, first : first + product.shape[1]] = product
         first += product.shape[1]
     return out
-
-
-def _scale(out: Tensor, quantized: QuantizedRows) -> Tensor:
-    """Return `[num_rows, out]` from the product of all codes, in its memory."""
-    num_rows, outliers = len(quantized.scale), quantized.outliers
-    scaled = out[:num_rows] if len(out) > num_rows else out
-    scaled.mul_(quantized.scale)
-    if outliers is not None:
-        high, low = torch.split(out[num_rows:], len(outliers.rows))
-        scaled[outliers.rows] += high.mul_(256).add_(low).mul_(outliers.scale)
-    return scaled

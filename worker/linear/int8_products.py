@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -40,6 +41,11 @@ class Products(Protocol):
         """The number of rows below which more rows cost less."""
         ...
 
+    @property
+    def scale(self) -> Tensor:
+        """The weights' scales, fp32 `[out of all layers]`."""
+        ...
+
     def multiply(self, codes: Tensor) -> Iterator[Tensor]:
         """Map uint8 codes `[num_rows, in]` to fp32 products with adjacent output rows, times the weights' scales."""
         ...
@@ -63,14 +69,16 @@ class PackedProducts:
     min_rows = MIN_ROWS
 
     def __init__(self, weights: Sequence[StoredWeight]) -> None:
-        self._packed = [
-            (pack(codes), scale, torch.zeros(len(scale), dtype=torch.int32)) for codes, scale in _batches(weights)
-        ]
+        self.scale = _join_scales(weights)
+        self._packed = [(len(codes), pack(codes)) for codes in _batches(weights)]
+        self._zero = torch.zeros(max(num_out for num_out, _ in self._packed), dtype=torch.int32)
 
     def multiply(self, codes: Tensor) -> Iterator[Tensor]:
         """See Products."""
-        for packed, scale, zero in self._packed:
-            yield multiply_packed(codes, packed, scale, zero)
+        first = 0
+        for num_out, packed in self._packed:
+            yield multiply_packed(codes, packed, self.scale[first : first + num_out], self._zero[:num_out])
+            first += num_out
 
 
 class StoredProducts:
@@ -80,16 +88,16 @@ class StoredProducts:
 
     def __init__(self, weights: Sequence[StoredWeight], device: torch.device, multiply: Multiply) -> None:
         self._device, self._multiply = device, multiply
-        self._weights = [(weight, weight.small["scale"].to(device), self._hold(weight)) for weight in weights]
+        self.scale = _join_scales(weights).to(device)
+        self._weights = [(weight, self._hold(weight)) for weight in weights]
 
     def multiply(self, codes: Tensor) -> Iterator[Tensor]:
         """See Products."""
         signed = codes.bitwise_xor(ZERO_POINT).view(torch.int8)
-        for weight, scale, held in self._weights:
-            first = 0
+        first = 0
+        for weight, held in self._weights:
             for stored in held if held is not None else map(self._move, weight.pieces()):
-                part = scale[first : first + len(stored)]
-                yield self._multiply(signed, stored).mul_(part)
+                yield self._multiply(signed, stored).mul_(self.scale[first : first + len(stored)])
                 first += len(stored)
 
     def _hold(self, weight: StoredWeight) -> list[Tensor] | None:
@@ -99,19 +107,20 @@ class StoredProducts:
         return piece.tensors["weight"].to(self._device)
 
 
-def _batches(weights: Sequence[StoredWeight]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield codes and scales of all weights' rows in order, small pieces together."""
+def _join_scales(weights: Sequence[StoredWeight]) -> Tensor:
+    return torch.cat([weight.small["scale"] for weight in weights])
+
+
+def _batches(weights: Sequence[StoredWeight]) -> Iterator[Tensor]:
+    """Yield the rows of all weights in order, small pieces together."""
     codes: list[Tensor] = []
-    scales: list[Tensor] = []
-    for weight in weights:
-        for piece in weight.pieces():
-            stored = piece.tensors["weight"]
-            if codes and sum(held.nbytes for held in codes) + stored.nbytes > PACK_BYTES:
-                yield torch.cat(codes), torch.cat(scales)
-                codes, scales = [], []
-            codes.append(stored)
-            scales.append(weight.small["scale"][piece.first_row : piece.first_row + piece.num_rows])
-    yield (torch.cat(codes) if len(codes) > 1 else codes[0]), torch.cat(scales)
+    for piece in chain.from_iterable(weight.pieces() for weight in weights):
+        stored = piece.tensors["weight"]
+        if codes and sum(held.nbytes for held in codes) + stored.nbytes > PACK_BYTES:
+            yield torch.cat(codes)
+            codes = []
+        codes.append(stored)
+    yield torch.cat(codes) if len(codes) > 1 else codes[0]
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.model_spec import Precision
-from worker.linear import LinearNumerics, Scratch, build_linears, int8_products
+from worker.linear import LinearNumerics, Scratch, build_linears, int8, int8_products
 from worker.linear.int8 import RowQuantizer
 from worker.quantization.encode import encode
 from worker.stored_weight import MemoryWeight, Piece, StoredWeight
@@ -41,10 +41,10 @@ class ReusingWeight(MemoryWeight):
 
 def stored(num_rows: int, num_columns: int, seed: int = 0) -> MemoryWeight:
     """Return an encoded weight with random parameters."""
-    return encode("layer", random(num_rows, num_columns, seed=seed), Precision.INT8)  # type: ignore[return-value]
+    return encode("layer", random(num_rows, num_columns, seed=seed), Precision.INT8)
 
 
-def streamed(weight: MemoryWeight, rows_per_piece: int) -> StoredWeight:
+def streamed(weight: MemoryWeight, rows_per_piece: int) -> ReusingWeight:
     """Return the same weight, as if it came from a disk in pieces."""
     codes = weight.held[0].tensors["weight"]
     pieces = [
@@ -60,7 +60,7 @@ def build(path: str, weights: list[MemoryWeight], biases: list[Tensor | None] | 
     with pytest.MonkeyPatch.context() as patch:
         if path == "fallback":
             patch.setattr(int8_products, "has_correct_packs", lambda: False)
-        taken = [streamed(weight, 7) for weight in weights] if path == "streamed" else weights
+        taken: Sequence[StoredWeight] = [streamed(weight, 7) for weight in weights] if path == "streamed" else weights
         return build_linears(taken, biases, NUMERICS, Scratch())
 
 
@@ -150,6 +150,22 @@ def test_what_is_not_finite_shows_in_its_own_row_only(path: str, bad: float) -> 
     assert torch.equal(out[others], clean[others])
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_columns_brought_by_unit_rows_give_the_bits_of_digits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, x = [stored(48, 64, 1), stored(16, 64, 2)], random(60, 64)
+    x[:, 3], x[::2, 40] = 17.0, -500.0
+    num_rows = []
+    outs = []
+    for cost in (0, 10**6):
+        monkeypatch.setattr(int8, "UNIT_COST", cost)
+        layers = build(path, weights)
+        outs.append([layer(x) for layer in layers])
+        num_rows.append(len(RowQuantizer(NUMERICS, 64, 4, can_divide=True).quantize(x).codes))
+    assert num_rows == [62, 180]
+    for units, digits in zip(*outs, strict=True):
+        assert torch.equal(units, digits)
+
+
 def test_outliers_keep_their_precision_and_leave_the_others_theirs() -> None:
     weight, x = stored(300, 512), random(4, 512, seed=2)
     x[:, 7], x[:, 100] = 300.0, -1000.0
@@ -184,8 +200,7 @@ def test_large_weights_are_packed_in_parts_with_the_same_bits(monkeypatch: pytes
     weights, x = [stored(48, 64, 1), stored(80, 64, 2)], with_outliers(5, 64)
     wanted = [layer(x) for layer in build("resident", weights)]
     monkeypatch.setattr(int8_products, "PACK_BYTES", 20 * 64)
-    cut = [replace(streamed(weight, 16)) for weight in weights]
-    held = [MemoryWeight(w.name, w.kind, w.shape, w.small, w.held) for w in cut]  # type: ignore[attr-defined]
+    held = [MemoryWeight(w.name, w.kind, w.shape, w.small, streamed(w, 16).held) for w in weights]
     for layer, out in zip(build("resident", held), wanted, strict=True):
         assert torch.equal(layer(x), out)
 
@@ -202,7 +217,7 @@ def test_bf16_inputs_give_bf16_outputs(num_rows: int) -> None:
 def test_two_digits_hold_outliers_to_sixteen_bits(magnitude: float) -> None:
     x = torch.zeros(1, 64)
     x[0, :5] = torch.tensor([1.0, -1.0, 0.5, -0.37, 0.2501]) * magnitude
-    quantized = RowQuantizer(replace(NUMERICS, outlier_threshold=1.0), 64, 4).quantize(x)
+    quantized = RowQuantizer(replace(NUMERICS, outlier_threshold=1.0), 64, 4, can_divide=True).quantize(x)
     assert quantized.outliers is not None
     high, low = (quantized.codes[1:].double() - 128).unbind()
     restored = (256 * high + low) * quantized.outliers.scale.double()
