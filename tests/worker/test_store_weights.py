@@ -23,7 +23,9 @@ from tests.worker.pipeline_driver import PipelineDriver, load_span, make_order, 
 from tests.worker.references import Greedy, generate, load_reference
 from tests.worker.store.converted import fill, stored_order
 from tests.worker.store.parts import flip_bit
+from tests.worker.test_span_download import FolderReader
 from worker.conversion import Conversion, convert
+from worker.loading import TorchSpanLoader
 from worker.quantization import nf4
 from worker.quantization.encode import encode
 from worker.store.copied import store_of
@@ -182,3 +184,23 @@ def test_a_damaged_part_is_named_and_made_again(
     assert part in caplog.text
     assert store.path(part).read_bytes() == before
     assert PipelineDriver([loaded.executor]).generate(PROMPT, 3) == expected
+
+
+def test_parts_of_a_converted_folder_elsewhere_are_brought_once(tmp_path: Path) -> None:
+    _, converted = converted_folder(tmp_path)
+    options = StoreOptions(str(tmp_path / "store"), str(tmp_path / "cache"), is_source_discarded=True)
+    order = order_of_converted(converted, 0, checkpoint_service="head:7000", store=options)
+    converted.rename(tmp_path / "moved")
+    reader = FolderReader(tmp_path / "moved")
+    loader = TorchSpanLoader(torch.device("cpu"), lambda _: reader)
+    loader.load(order, lambda _: None)
+    assert {name for name, _, _ in reader.ranges} == {
+        f"{part}{suffix}" for part in ("embedding", "block-0000") for suffix in (".json", ".weights")
+    }
+    store = store_of(order)
+    assert store.path("block-0000").read_bytes() == (tmp_path / "moved" / "block-0000.weights").read_bytes()
+    assert not list((tmp_path / "cache").rglob("*.weights"))
+    flip_bit(store.path("block-0000"), store.manifest("block-0000").weights[0].pieces[0].tensors["weight"].offset)
+    reader.ranges.clear()
+    loader.load(order, lambda _: None)
+    assert {name for name, _, _ in reader.ranges} == {"block-0000.json", "block-0000.weights"}
