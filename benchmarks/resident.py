@@ -118,13 +118,12 @@ async def measure_round(runners: dict[str, Runner], results: Results, *, is_kept
             results.rates.setdefault(name, []).append(rates)
 
 
-def prepare(cache: Path, name: str, model: Path) -> Path:
-    """Return a peer's own form of the checkpoint, made on first use."""
-    where, module = PEERS[name]
+def prepare_with(where: Environment, module: str, cache: Path, model: Path) -> Path:
+    """Return a peer's own form of a checkpoint, made on first use."""
     digest = resolve(str(model)).revision[:12]
     folder = cache / "checkpoints" / f"{module}-{model.name}-{digest}"
     if not folder.is_dir():
-        print(f"converting {model} for {name}", file=sys.stderr)
+        print(f"converting {model} with {module}", file=sys.stderr)
         unfinished = folder.with_suffix(".part")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -139,7 +138,7 @@ def start(arguments: argparse.Namespace, name: str, sizes: Sequence[str]) -> Pee
     threads = ["--threads", str(arguments.threads)]
     if name in PEERS:
         where, module = PEERS[name]
-        folder = prepare(arguments.cache, name, arguments.model)
+        folder = prepare_with(where, module, arguments.cache, arguments.model)
         command = where.command(arguments.cache, module, ["run", str(folder), *threads, *sizes])
         return Peer(command, environment.variables(where, arguments.threads))
     python = [sys.executable, "-m"]

@@ -53,7 +53,7 @@ def generate(model: Any, workload: Workload, max_batch: int) -> Round:
     return Round(time.perf_counter() - begin, workload.num_tokens, first, between)
 
 
-def prepare(model: Any) -> None:
+def prepare_model(model: Any) -> None:
     """Make every request generate all its tokens."""
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -75,7 +75,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, revision=arguments.revision, dtype=dtype).eval()
         if torch.cuda.is_available():
             model = model.to("cuda")
-        prepare(model)
+        prepare_model(model)
         about = {"system": "transformers", "version": transformers.__version__, "license": "Apache-2.0"}
         return about, lambda workload: generate(model, workload, arguments.max_batch)
 
