@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from worker.linear.base import LinearNumerics
 from worker.linear.int8_products import EXACT_COLUMNS, ZERO_POINT, choose_products
@@ -57,7 +58,9 @@ class RowQuantizer:
         """`min_rows` is how many rows of codes there are to be at least. If `can_divide`, a product of a unit row
         divided by the weights' scales gives a column of the weight."""
         self._can_divide = can_divide
-        self._threshold = numerics.outlier_threshold if numerics.outlier_threshold > 0 else torch.inf
+        threshold = torch.tensor(numerics.outlier_threshold if numerics.outlier_threshold > 0 else torch.inf)
+        self._threshold: float = threshold.item()
+        self._below_threshold: float = threshold.nextafter(torch.zeros(())).item()
         self._padded = torch.empty(min_rows, num_columns, dtype=torch.uint8, device=numerics.device)
         self._places = [self._padded[:num_rows] for num_rows in range(min_rows)]
         # tensors, since torch would make one of each number at each use
@@ -70,8 +73,10 @@ class RowQuantizer:
         What NaN or infinity is multiplied with becomes such, in its own row only.
         """
         largest = rows.abs().amax(dim=1, keepdim=True).float()
-        if not all(0 < magnitude < self._threshold for (magnitude,) in largest.tolist()):
-            return self._take_outliers(rows.float())
+        magnitudes: list[list[float]] = largest.tolist()
+        if not all(TINY <= magnitude < self._threshold for (magnitude,) in magnitudes):
+            chosen = [row for row, (magnitude,) in enumerate(magnitudes) if not magnitude < self._threshold]
+            return self._take_outliers(rows.float(), largest, torch.tensor(chosen, dtype=torch.int64).to(rows.device))
         scale = torch.div(largest, self._largest_code)
         shifted = self._shift(rows, scale)
         if len(rows) >= len(self._places):
@@ -83,13 +88,12 @@ class RowQuantizer:
         """Return floats that conversion to integers, which cuts off what follows the point, makes codes."""
         return torch.div(rows, scale).add_(self._offset)
 
-    def _take_outliers(self, rows: Tensor) -> QuantizedRows:
-        ordinary = rows.masked_fill(rows.abs() >= self._threshold, 0)
+    def _take_outliers(self, rows: Tensor, largest: Tensor, chosen: Tensor) -> QuantizedRows:
+        """Quantize rows whose largest magnitudes are `largest`, at least the threshold in the `chosen` ones."""
+        others = functional.hardshrink(rows, self._below_threshold)  # zeros except for outliers
+        ordinary = rows - others
         scale = ordinary.abs().amax(dim=1, keepdim=True).clamp_(min=TINY).div_(self._largest_code)
         codes = self._shift(ordinary, scale).to(torch.uint8)
-        others = rows - ordinary
-        largest = others.abs().amax(dim=1, keepdim=True)
-        chosen = (largest[:, 0] != 0).nonzero()[:, 0]
         if not len(chosen):
             return QuantizedRows(codes, scale, None)
         outlier_scale = largest[chosen].div_(LARGEST_DIGITS)
@@ -98,18 +102,20 @@ class RowQuantizer:
 
     def _choose_rows(self, digits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the fewest rows of codes that give the product of `digits`, and the digits if those are unit rows."""
-        columns = (digits != ZERO_POINT).any(dim=0).nonzero()[:, 0]
-        if not self._can_divide or len(columns) > min(len(digits) - UNIT_COST, EXACT_COLUMNS):
+        max_columns = min(len(digits) - UNIT_COST, EXACT_COLUMNS)
+        if max_columns <= 0 or not self._can_divide:
             return digits, None
-        units = torch.full_like(digits[: len(columns)], ZERO_POINT)
-        units.scatter_(1, columns[:, None], ZERO_POINT + 1)
-        return units, digits[:, columns].float().sub_(ZERO_POINT)
+        columns = (digits != ZERO_POINT).any(dim=0).nonzero()
+        if len(columns) > max_columns:
+            return digits, None
+        units = torch.full_like(digits[: len(columns)], ZERO_POINT).scatter_(1, columns, ZERO_POINT + 1)
+        return units, digits[:, columns[:, 0]].float().sub_(ZERO_POINT)
 
 
 def _digits(outliers: Tensor, scale: Tensor) -> Tensor:
     """Return codes, all high digits and then all low ones: 256 * high + low is `outliers / scale`, rounded."""
-    whole = torch.div(outliers, scale).round_().to(torch.int32).clamp_(-LARGEST_DIGITS, LARGEST_DIGITS).add_(128)
-    return torch.cat([whole.bitwise_right_shift(8).add_(ZERO_POINT), whole.bitwise_and_(255)]).to(torch.uint8)
+    whole = torch.div(outliers, scale).add_(257 * ZERO_POINT + 0.5).to(torch.int32)
+    return torch.cat([whole.bitwise_right_shift(8), whole]).to(torch.uint8)  # which keeps the lowest 8 bits
 
 
 class Int8Group:
@@ -146,7 +152,7 @@ class Int8Group:
             columns = products.div_(self._products.scale).round_()
             products = (outliers.digits @ columns).mul_(self._products.scale)
         high, low = torch.split(products, len(outliers.rows))
-        out[outliers.rows] += high.mul_(256).add_(low).mul_(outliers.scale)
+        out.index_add_(0, outliers.rows, high.mul_(256).add_(low).mul_(outliers.scale))
 
 
 def _join(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
