@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import resource
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 from cluster.local import LocalModel
@@ -28,19 +29,36 @@ def load(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Run]:
     )
     atexit.register(model.close)
 
-    def run(workload: Workload) -> Round:
-        before = model.describe().stages[0]
-        begin = time.perf_counter()
-        options = {"max_tokens": workload.num_output_tokens, "temperature": 0.0, "ignore_eos": True}
-        completions = model.generate_many(workload.prompts(), repetition_penalty=1.0, **options)
-        seconds = time.perf_counter() - begin
-        assert all(len(one.token_ids) == workload.num_output_tokens for one in completions)
-        after = model.describe().stages[0]
-        num_passes, read_bytes = after.num_steps - before.num_steps, after.read_bytes - before.read_bytes
-        stall_seconds = after.stall_seconds - before.stall_seconds
-        return Round(seconds, workload.num_tokens, [], [], num_passes, read_bytes, stall_seconds)
+    return describe(model, arguments), lambda workload: generate(model, workload)
 
-    return describe(model, arguments), run
+
+def generate(model: LocalModel, workload: Workload) -> Round:
+    """Send all requests at once, each from a thread of its own."""
+    before = model.describe().stages[0]
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(workload.concurrency) as pool:
+        arrivals = list(pool.map(lambda prompt: _arrivals(model, prompt, workload), workload.prompts()))
+    seconds = time.perf_counter() - begin
+    after = model.describe().stages[0]
+    return Round(
+        wall_seconds=seconds,
+        num_output_tokens=workload.num_tokens,
+        first_token_seconds=[times[0] - begin for times in arrivals],
+        inter_token_seconds=[later - earlier for times in arrivals for earlier, later in pairwise(times)],
+        num_passes=after.num_steps - before.num_steps,
+        read_bytes=after.read_bytes - before.read_bytes,
+        stall_seconds=after.stall_seconds - before.stall_seconds,
+    )
+
+
+def _arrivals(model: LocalModel, prompt: list[int], workload: Workload) -> list[float]:
+    """Return when each token arrived. Tokens that come in one piece share its time."""
+    times: list[float] = []
+    length = workload.num_output_tokens
+    for piece in model.stream(prompt, max_tokens=length, temperature=0.0, ignore_eos=True, repetition_penalty=1.0):
+        times += [time.perf_counter()] * len(piece.token_ids)
+    assert len(times) == length
+    return times
 
 
 def describe(model: LocalModel, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +75,6 @@ def describe(model: LocalModel, arguments: argparse.Namespace) -> dict[str, Any]
         "num_pages": status.num_pages,
         "page_size": status.page_size,
         "numerics": asdict(stage.numerics),
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     } | {name: getattr(stage, name) for name in names}
 
 

@@ -7,7 +7,6 @@ workloads as the peers' do.
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -191,7 +190,6 @@ def describe(loaded: LoadedSpan, precision: str) -> dict[str, Any]:
         "compute_dtype": loaded.compute_dtype,
         "streamed_bytes": loaded.streamed_bytes,
         "disk_bytes_per_second": loaded.disk_bytes_per_second,
-        "peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 
