@@ -83,7 +83,8 @@ class CheckpointWeights:
         return found.t() if layer.is_transposed else found
 
     def part(self, part: Part, precision: Precision, *, is_copied: bool) -> PartOfCheckpoint:
-        """Return a part's tensors as they are stored in `precision`."""
+        """Return a part's tensors as they are stored in `precision`. What the part before took is let go."""
+        self._checkpoint.forget_pages()
         return PartOfCheckpoint(self, part, precision, is_copied)
 
     def close(self) -> None:

@@ -34,6 +34,9 @@ class PickledFile:
     def tensor(self, name: str) -> torch.Tensor:
         return self._tensors[name].detach()
 
+    def forget_pages(self) -> None:
+        """Nothing: the mapping is torch's own."""
+
     def close(self) -> None:
         self._tensors = {}
 

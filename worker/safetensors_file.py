@@ -126,5 +126,11 @@ class SafetensorsFile:
             flat = flat.clone()
         return flat.view(entry.dtype).view(entry.shape)
 
+    def forget_pages(self) -> None:
+        """Let go of the memory that reading took. Tensors stay valid: what is read again comes from the file again."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
+        self.forget_pages()
         self._map = None

@@ -39,6 +39,8 @@ class TensorFile(Protocol):
 
     def tensor(self, name: str) -> torch.Tensor: ...
 
+    def forget_pages(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -66,6 +68,11 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU as stored: a view of the file where its format and alignment allow."""
         return self._files[name].tensor(name)
+
+    def forget_pages(self) -> None:
+        """Let go of the memory that reading has taken so far, where files are mapped. Tensors stay valid."""
+        for file in set(self._files.values()):
+            file.forget_pages()
 
     def close(self) -> None:
         for file in self._files.values():
