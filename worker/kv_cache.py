@@ -104,12 +104,16 @@ class KVCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the pages that sequences hold."""
+        """Bytes of the pages that sequences hold; off the CPU of all pages, whose memory is never given back."""
+        if self.device.type != "cpu":
+            return self.size_bytes
         return len(self._used_pages()) * self.size_bytes // self.num_pages
 
     @property
     def committed_bytes(self) -> int:
         """Bytes that were taken from the system at most, as far as they were not given back."""
+        if self.device.type != "cpu":
+            return self.size_bytes
         return len(self._committed) * self.size_bytes // self.num_pages
 
     def return_free_pages(self) -> None:

@@ -124,9 +124,6 @@ class Stage:
         """See Executor."""
         if self._disk_weights is not None:
             self._disk_weights.close()
-        close_table = getattr(self._entrance and self._entrance.table, "close", None)  # a tensor has none
-        if close_table is not None:
-            close_table()
 
     def _compute(
         self, header: StepHeader, tensors: Mapping[str, Tensor], on_block: Callable[[int], None]

@@ -1,7 +1,8 @@
 """How a device is read fastest, found by reading a little of the very files that will be streamed.
 
-Covers the choice between direct and buffered reads, their size and their number. Direct reads win unless buffered ones
-are clearly faster: they cost no copy by the processor that computes, and no memory for the page cache.
+Covers the choice between direct and buffered reads, their size and their number. The first candidate wins unless
+another one is clearly faster, buffered ones most clearly: direct reads cost no copy by the processor that computes, and
+no memory for the page cache.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from worker.stream.streamed_file import Extent, StreamedFile
 
 _MIB = 1 << 20
 CANDIDATES = (
-    ReadPlan(is_direct=True, read_bytes=4 * _MIB, num_readers=2),
     ReadPlan(is_direct=True, read_bytes=4 * _MIB, num_readers=4),
+    ReadPlan(is_direct=True, read_bytes=4 * _MIB, num_readers=2),
     ReadPlan(is_direct=True, read_bytes=_MIB, num_readers=4),
     ReadPlan(is_direct=False, read_bytes=_MIB, num_readers=2),
     ReadPlan(is_direct=False, read_bytes=4 * _MIB, num_readers=4),
@@ -27,7 +28,7 @@ CANDIDATES = (
 TRIAL_BYTES = 32 * _MIB  # by each candidate in each round
 NUM_ROUNDS = 2
 MAX_SECONDS = 1.0
-BUFFERED_GAIN = 1.25  # that buffered reads must bring
+DIRECT_GAIN, BUFFERED_GAIN = 1.1, 1.25  # that other reads than the first candidate's must bring
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,15 @@ def probe(paths: Sequence[Path], clock: Callable[[], float] = time.monotonic) ->
 
 
 def choose(rates: dict[ReadPlan, float]) -> ProbeResult:
-    """Return the fastest plan, buffered ones only where they are faster by BUFFERED_GAIN. Ties go to the first."""
-    plan = max(rates, key=lambda plan: rates[plan] / (1 if plan.is_direct else BUFFERED_GAIN))
+    """Return the first plan, or the one that is faster than it by the most beyond its gain."""
+    first = next(iter(rates))
+
+    def worth(plan: ReadPlan) -> float:
+        if plan is first:
+            return rates[plan]
+        return rates[plan] / (DIRECT_GAIN if plan.is_direct else BUFFERED_GAIN)
+
+    plan = max(rates, key=worth)
     return ProbeResult(plan, rates[plan])
 
 

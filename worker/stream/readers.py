@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from worker.store.manifest import ALIGNMENT
 from worker.stream.streamed_file import Extent
 
 HANG_SECONDS = 120.0  # without a byte while somebody waits
+CLOSE_SECONDS = 5.0  # that closing waits for reads under way
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +107,19 @@ class Readers:
                     )
 
     def close(self) -> None:
-        """End the threads, except those that the disk does not let go within the time after which it hangs."""
+        """End the threads. One that the disk does not let go within CLOSE_SECONDS is left behind."""
         with self._work:
             self._is_closed = True
             self._jobs.clear()
             self._work.notify_all()
+        deadline = time.monotonic() + CLOSE_SECONDS
         for thread in self._threads:
-            thread.join(self._hang_seconds)
+            thread.join(max(0.0, deadline - time.monotonic()))
         self._threads.clear()
 
     def _start_threads(self) -> None:
         if not self._threads:
-            for index in range(self._plan.num_readers):
+            for index in range(self._plan.num_readers + 1):  # while one verifies, as many read as the plan says
                 thread = threading.Thread(target=self._run, name=f"read-{self._name}-{index}", daemon=True)
                 self._threads.append(thread)
                 thread.start()

@@ -10,14 +10,24 @@ from pathlib import Path
 import pytest
 
 from worker.stream import probe as probing
-from worker.stream.probe import BUFFERED_GAIN, CANDIDATES, ProbeResult, choose, drop_cached, probe, supports_direct
+from worker.stream.probe import (
+    BUFFERED_GAIN,
+    CANDIDATES,
+    DIRECT_GAIN,
+    ProbeResult,
+    choose,
+    drop_cached,
+    probe,
+    supports_direct,
+)
 
-DIRECT, BUFFERED = CANDIDATES[0], CANDIDATES[-1]
+DIRECT, OTHER, BUFFERED = CANDIDATES[0], CANDIDATES[1], CANDIDATES[-1]
 
 
-def test_buffered_reads_must_be_clearly_faster() -> None:
-    assert choose({DIRECT: 100.0, BUFFERED: 100.0 * BUFFERED_GAIN - 1}).plan is DIRECT
-    assert choose({DIRECT: 100.0, BUFFERED: 100.0 * BUFFERED_GAIN + 1}) == ProbeResult(BUFFERED, 125.0 + 1)
+def test_other_reads_must_be_clearly_faster_and_buffered_ones_most_clearly() -> None:
+    for plan, gain in ((OTHER, DIRECT_GAIN), (BUFFERED, BUFFERED_GAIN)):
+        assert choose({DIRECT: 100.0, plan: 100.0 * gain - 1}) == ProbeResult(DIRECT, 100.0)
+        assert choose({DIRECT: 100.0, plan: 100.0 * gain + 1}) == ProbeResult(plan, 100.0 * gain + 1)
 
 
 def test_candidates_read_different_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
