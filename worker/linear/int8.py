@@ -127,14 +127,14 @@ class Int8Group:
         self._sizes = [weight.shape[0] for weight in weights]
         self._bias = _join(biases, self._sizes)
         self._compute = numerics.compute
-        self._products = choose_products(weights, numerics.device)
-        can_divide = bool(self._products.scale.min() > TINY)
-        self._quantizer = RowQuantizer(numerics, weights[0].shape[1], self._products.min_rows, can_divide=can_divide)
+        self.products = choose_products(weights, numerics.device)
+        can_divide = bool(self.products.scale.min() > TINY)
+        self._quantizer = RowQuantizer(numerics, weights[0].shape[1], self.products.min_rows, can_divide=can_divide)
 
     def multiply(self, x: Tensor) -> Sequence[Tensor]:
         """Map `[..., in]` to one `[..., out]` per layer, which may be views of one tensor."""
         quantized = self._quantizer.quantize(x.reshape(-1, x.shape[-1]))
-        products = _gather(self._products.multiply(quantized.codes), sum(self._sizes))
+        products = _gather(self.products.multiply(quantized.codes), sum(self._sizes))
         num_rows = len(quantized.scale)
         out = (products[:num_rows] if len(products) > num_rows else products).mul_(quantized.scale)
         if quantized.outliers is not None:
@@ -149,8 +149,8 @@ class Int8Group:
     def _add_outliers(self, out: Tensor, products: Tensor, outliers: Outliers) -> None:
         """Add what outliers make to `out`, given the products of the codes behind those of its rows."""
         if outliers.digits is not None:
-            columns = products.div_(self._products.scale).round_()
-            products = (outliers.digits @ columns).mul_(self._products.scale)
+            columns = products.div_(self.products.scale).round_()
+            products = (outliers.digits @ columns).mul_(self.products.scale)
         high, low = torch.split(products, len(outliers.rows))
         out.index_add_(0, outliers.rows, high.mul_(256).add_(low).mul_(outliers.scale))
 
