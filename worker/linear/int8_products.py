@@ -70,7 +70,9 @@ class PackedProducts:
 
     def __init__(self, weights: Sequence[StoredWeight]) -> None:
         self.scale = _join_scales(weights)
-        self._packed = [(len(codes), pack(codes)) for codes in _batches(weights)]
+        self._packed = list(
+            map(_pack_counted, _batches(weights))
+        )  # a loop would hold a batch too long
         self._zero = torch.zeros(max(num_out for num_out, _ in self._packed), dtype=torch.int32)
 
     def multiply(self, codes: Tensor) -> Iterator[Tensor]:
@@ -117,10 +119,20 @@ def _batches(weights: Sequence[StoredWeight]) -> Iterator[Tensor]:
     for piece in chain.from_iterable(weight.pieces() for weight in weights):
         stored = piece.tensors["weight"]
         if codes and sum(held.nbytes for held in codes) + stored.nbytes > PACK_BYTES:
-            yield torch.cat(codes)
-            codes = []
+            yield _take_all(codes)
         codes.append(stored)
-    yield torch.cat(codes) if len(codes) > 1 else codes[0]
+    yield _take_all(codes)
+
+
+def _take_all(codes: list[Tensor]) -> Tensor:
+    """Join what is in the list, and empty it: each copy of a batch counts while it is packed."""
+    joined = torch.cat(codes) if len(codes) > 1 else codes[0]
+    codes.clear()
+    return joined
+
+
+def _pack_counted(codes: Tensor) -> tuple[int, Tensor]:
+    return len(codes), pack(codes)
 
 
 def pack(weight: Tensor) -> Tensor:
