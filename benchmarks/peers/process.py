@@ -50,7 +50,7 @@ class Peer:
 
     def close(self) -> None:
         """End the process. Idempotent."""
-        with contextlib.suppress(BrokenPipeError, ValueError):
+        with contextlib.suppress(BrokenPipeError, ValueError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=30)
         self._process.kill()
         self._process.wait()
