@@ -70,9 +70,7 @@ class PackedProducts:
 
     def __init__(self, weights: Sequence[StoredWeight]) -> None:
         self.scale = _join_scales(weights)
-        self._packed = list(
-            map(_pack_counted, _batches(weights))
-        )  # a loop would hold a batch too long
+        self._packed = list(map(_pack_counted, _batches(weights)))  # a loop would hold a batch too long
         self._zero = torch.zeros(max(num_out for num_out, _ in self._packed), dtype=torch.int32)
 
     def multiply(self, codes: Tensor) -> Iterator[Tensor]:
