@@ -100,9 +100,12 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
 def rates_of(workload: Workload, first: Round, whole: Round) -> Rates:
     """Return the rates of a round from the time to the first tokens and the time to all of them."""
     num_later = workload.num_tokens - workload.concurrency
+    seconds = whole.wall_seconds - first.wall_seconds
+    if seconds <= 0:  # disturbed: a rate that is too low rather than one without a bound
+        seconds = whole.wall_seconds
     return Rates(
         prefill=workload.concurrency * workload.num_input_tokens / first.wall_seconds,
-        decode=num_later / max(1e-9, whole.wall_seconds - first.wall_seconds),
+        decode=num_later / seconds,
         whole=whole.tokens_per_second,
     )
 

@@ -205,7 +205,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="a Llama's folder with bf16 weights")
     parser.add_argument("--memory", default="1.5GiB", help="limit of every system's control group")
-    parser.add_argument("--precisions", type=_names, default=["bf16", "int8", "nf4"], help="ours, e.g. bf16,int8,nf4")
+    parser.add_argument(
+        "--precisions", type=_names, default=["bf16", "int8", "nf4"], help="ours, some of bf16,int8,nf4, or -"
+    )
     parser.add_argument("--peers", type=_names, default=list(PEERS), help="some of airllm,accelerate, or -")
     parser.add_argument("--concurrency", type=_integers, default=[1, 16], help="e.g. 1,16")
     parser.add_argument("--input-tokens", type=int, default=64)
