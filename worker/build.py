@@ -21,6 +21,8 @@ from worker.loading import TorchSpanLoader
 from worker.numerics import isa
 from worker.order import WorkerOrder
 from worker.server import StageServer
+from worker.sharing import holders
+from worker.sharing.shelf import Shelf
 
 
 def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageServer:
@@ -31,14 +33,21 @@ def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageSe
     keep_freed_memory()
     device = machine.choose_device(order.num_gpus)
     num_threads = order.num_threads or max(1, machine.num_cores() // order.num_neighbours)
+    shelf = Shelf()
     return StageServer(
         _info(order, device, num_threads),
-        TorchSpanLoader(device, partial(checkpoint_client.connect, credentials=credentials)),
+        TorchSpanLoader(
+            device,
+            partial(checkpoint_client.connect, credentials=credentials),
+            shelf,
+            partial(holders.connect, credentials=credentials),
+        ),
         host=order.listen_address,
         ports=order.ports,
         credentials=credentials,
         clock=SystemClock(),
         prepare_thread=lambda: torch.set_num_threads(num_threads),
+        shelf=shelf,
     )
 
 

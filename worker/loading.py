@@ -31,6 +31,10 @@ from worker.part_weights import PartBuilder, PartTensors, RowTable
 from worker.quantization.bitsandbytes import has_plain_absmaxes, is_kept
 from worker.quantization.nf4 import BLOCK
 from worker.sampling import Sampler
+from worker.sharing.holders import Holder, Neighbours
+from worker.sharing.holders import connect as connect_to_holders
+from worker.sharing.offers import offer
+from worker.sharing.shelf import Shelf
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
 from worker.store_weights import StoreWeights, streamed_part, uses_disk, uses_store
@@ -42,11 +46,17 @@ class TorchSpanLoader:
     """Loads spans onto one device."""
 
     def __init__(
-        self, device: torch.device, connect: Callable[[str], CheckpointReader] = connect_to_checkpoints
+        self,
+        device: torch.device,
+        connect: Callable[[str], CheckpointReader] = connect_to_checkpoints,
+        shelf: Shelf | None = None,
+        connect_holder: Callable[[str], Holder] = connect_to_holders,
     ) -> None:
-        """`connect` reaches the coordinator's checkpoint service, for a folder that only the head has."""
+        """`connect` reaches the coordinator's checkpoint service, for a folder that only the head has. `shelf` is what
+        this worker offers to others, `connect_holder` reaches those."""
         self._device = device
-        self._connect = connect
+        self._connect, self._connect_holder = connect, connect_holder
+        self._shelf = shelf or Shelf()
 
     def measure(self, config: Mapping[str, Any]) -> ModelSizes:
         """See SpanLoader; takes no memory for weights."""
@@ -83,6 +93,13 @@ class TorchSpanLoader:
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
         """See SpanLoader. Memory peaks at one tensor above what stays."""
+        offer(self._shelf, order)
+        with Neighbours(self._shelf, {address: self._connect_holder(address) for address in order.holders}) as others:
+            return self._load(order, on_progress, others)
+
+    def _load(
+        self, order: LoadOrder, on_progress: Callable[[LoadProgress], None], neighbours: Neighbours
+    ) -> LoadedSpan:
         architecture = open_architecture(order.config)
         _check_span(order, architecture)
         numerics = _choose_numerics(order, self._device)
@@ -91,7 +108,7 @@ class TorchSpanLoader:
         progress = _Progress(order.precision, parts, on_progress)
         linear_numerics = LinearNumerics(numerics.compute, self._device, order.is_exact, order.outlier_threshold)
         builder = PartBuilder(linear_numerics, progress.count)
-        with self._open_weights(order, architecture, parts, on_progress) as weights:
+        with self._open_weights(order, architecture, parts, on_progress, neighbours) as weights:
             progress.begin()
             loaded = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
             entrance = Entrance(_open_table(weights, parts[0]), loaded[EMBEDDING]) if is_first else None
@@ -99,8 +116,8 @@ class TorchSpanLoader:
             blocks = [finisher.finish(name, loaded[name]) for name in map(block_part, order.span.blocks())]
             disk_weights = None
             if weights.streams is not None:
-                rebuild = Rebuilder(architecture, weights.streams, builder.again(), finisher)
-                disk_weights = weights.streams.disk_weights(rebuild)
+                rebuild = Rebuilder(architecture, weights, weights.streams, builder.again(), finisher)
+                disk_weights = weights.streams.disk_weights(rebuild, rebuild.make_again)
         rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
         cache = _build_cache(order, architecture, numerics)
         weight_bytes = builder.weight_bytes + sum(table.nbytes for table in rotary or ())
@@ -130,15 +147,16 @@ class TorchSpanLoader:
         architecture: Architecture,
         parts: Sequence[Part],
         on_progress: Callable[[LoadProgress], None],
+        neighbours: Neighbours,
     ) -> SpanWeights:
         def open_source() -> CheckpointSource:
-            return CheckpointSource(order, connect=self._connect)
+            return CheckpointSource(order, connect=self._connect, neighbours=neighbours)
 
         if not uses_store(order):
             needed = needed_names(architecture, parts)
             checkpoint = open_source().fetch(needed.__contains__, on_progress)
             return DirectWeights(CheckpointWeights(order, architecture, checkpoint), order.precision)
-        weights = StoreWeights(order, architecture, open_source, on_progress)
+        weights = StoreWeights(order, architecture, open_source, on_progress, neighbours)
         weights.fill(parts)
         if uses_disk(order):
             weights.stream(order, parts)
@@ -209,12 +227,24 @@ class Rebuilder:
     """Builds parts of a loaded span again, when they begin or cease to be streamed."""
 
     architecture: Architecture
+    weights: SpanWeights
     streams: OpenSpan
     builder: PartBuilder
     finisher: Finisher
 
     def __call__(self, name: str, is_streamed: bool) -> nn.Module:
-        """Return a block, or the head's linear layer. Raises StorageError."""
+        """Return a block, or the head's linear layer. Raises StorageError where a damaged part cannot be made again."""
+        try:
+            return self._build(name, is_streamed)
+        except StorageError as error:
+            self.make_again(name, error)
+            return self._build(name, is_streamed)
+
+    def make_again(self, name: str, error: StorageError) -> None:
+        """Make a damaged part of the store again, or raise why that is not possible."""
+        self.weights.rebuild(self.architecture.build_part(name), error)
+
+    def _build(self, name: str, is_streamed: bool) -> nn.Module:
         part = self.architecture.build_part(name)
         with self.streams.open_part(name) as file:
             built = self.builder.build(part, streamed_part(self.streams, file, is_streamed=is_streamed))

@@ -20,6 +20,7 @@ from cluster.load_order import LoadOrder, LoadProgress
 from worker.architectures import Architecture
 from worker.architectures.base import Part
 from worker.blocks import LinearLayer
+from worker.sharing.holders import Neighbours
 from worker.store.convert import TABLE
 from worker.store.copied import CopiedStore, Filler, is_converted, store_of
 from worker.store.fill import StoreFiller
@@ -57,22 +58,25 @@ class StoreWeights:
         architecture: Architecture,
         open_source: Callable[[], CheckpointSource],
         on_progress: Callable[[LoadProgress], None],
+        neighbours: Neighbours,
     ) -> None:
-        """`open_source` is called only when something is missing."""
+        """`open_source` is called only when something is missing that no neighbour has."""
         self._on_progress = on_progress
         self.store = store_of(order)
         self._filler: Filler = (
-            CopiedStore(order, architecture.num_blocks, self.store, open_source, on_progress)
+            CopiedStore(order, architecture.num_blocks, self.store, open_source, self._report, neighbours)
             if is_converted(order)
-            else StoreFiller(order, architecture, self.store, open_source, on_progress)
+            else StoreFiller(order, architecture, self.store, open_source, self._report, neighbours=neighbours)
         )
         self._open: list[PartFile] = []
+        self._is_loading = True
         self.streams: OpenSpan | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._is_loading = False
         for file in self._open:
             file.close()
         if any(error) and self.streams is not None:
@@ -80,8 +84,10 @@ class StoreWeights:
 
     def stream(self, order: LoadOrder, parts: Sequence[Part]) -> None:
         """Let what the order says come from disk while the stage computes. `streams` outlives this."""
-        shifting = [part.name for part in parts if part.name != EMBEDDING]
-        self.streams = OpenSpan(order, shifting, lambda name: PartFile(self.store, name))
+        shifting = [part for part in parts if part.name != EMBEDDING]
+        for part in shifting:
+            self._make_sure_it_opens(part)
+        self.streams = OpenSpan(order, [part.name for part in shifting], lambda name: PartFile(self.store, name))
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Make what is missing. Raises ConfigurationError, and what downloading does."""
@@ -108,9 +114,22 @@ class StoreWeights:
         return StoredTable(PartFile(self.store, EMBEDDING))
 
     def rebuild(self, part: Part, error: StorageError) -> None:
-        """Make a damaged part again. Raises `error` where that is not possible."""
+        """Make a damaged part again, also when all is loaded. Raises StorageError where that is not possible."""
         logger.warning("making a damaged part of the block store again: %s", error.message)
-        self._filler.rebuild(part, error)
+        try:
+            self._filler.rebuild(part, error)
+        except ConfigurationError as cause:
+            raise StorageError(f"{error.message}. It cannot be made again: {cause.message}") from cause
+
+    def _make_sure_it_opens(self, part: Part) -> None:
+        try:
+            PartFile(self.store, part.name).close()
+        except StorageError as error:
+            self.rebuild(part, error)
+
+    def _report(self, progress: LoadProgress) -> None:
+        if self._is_loading:  # nobody listens any more when a part is made again later
+            self._on_progress(progress)
 
 
 @dataclass(frozen=True, slots=True)

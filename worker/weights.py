@@ -27,6 +27,7 @@ from worker.hub_download import download_files
 from worker.partial_file import delete_partial_file
 from worker.pickled_file import PickledFile
 from worker.safetensors_file import SafetensorsFile
+from worker.sharing.holders import Neighbours
 from worker.span_download import download_span
 
 
@@ -90,11 +91,13 @@ class CheckpointSource:
         connect: Callable[[str], CheckpointReader] = connect_checkpoint,
         cache_folder: Path | None = None,
         measure: FreeBytes = free_bytes,
+        neighbours: Neighbours | None = None,
     ) -> None:
         """`connect` opens the coordinator's checkpoint service, for a folder that only the head has. `cache_folder` is
         where downloads are kept: by default the order's folder, else the hub's own cache, or `spanwise` in
-        XDG_CACHE_HOME for folders."""
+        XDG_CACHE_HOME for folders. `neighbours` may have files of a hub."""
         self._order, self._connect, self._measure = order, connect, measure
+        self._neighbours = neighbours or Neighbours.none()
         self._cache_folder = cache_folder or (Path(found) if (found := order.store.download_folder) else None)
         self.is_downloaded = isinstance(order.source, HubSource) or not is_here(order.source)
 
@@ -145,7 +148,7 @@ class CheckpointSource:
     ) -> Mapping[str, Path]:
         source = self._order.source
         if isinstance(source, HubSource):
-            return download_files(source, files, self._access, on_progress, self._measure)
+            return download_files(source, files, self._access, on_progress, self._measure, self._neighbours)
         if not self.is_downloaded:
             return {file.name: Path(source.path, file.name) for file in files}
         with closing(self._connect(_service_address(self._order))) as reader:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.file_download import repo_folder_name
 
 from cluster.hub.errors import hub_errors
 
@@ -61,6 +62,11 @@ def cached_file(repo_id: str, name: str, revision: str, access: HubAccess) -> Pa
     """Return where the cache has a file, or None."""
     found = try_to_load_from_cache(repo_id, name, cache_dir=access.cache_folder, revision=revision)
     return Path(found) if isinstance(found, str) else None
+
+
+def snapshot_folder(repo_id: str, commit: str, access: HubAccess) -> Path:
+    """Return where the cache has, or would have, the files of a commit."""
+    return Path(access.folder, repo_folder_name(repo_id=repo_id, repo_type="model"), "snapshots", commit)
 
 
 def delete_cached_file(repo_id: str, name: str, revision: str, access: HubAccess) -> None:

@@ -39,6 +39,8 @@ from worker.executor import Executor, LoadedSpan, SpanLoader, StageOutput
 from worker.loading import TorchSpanLoader
 from worker.numerics import isa
 from worker.server import StageServer
+from worker.sharing import holders
+from worker.sharing.shelf import Shelf
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 60.0
@@ -70,20 +72,21 @@ def mutual_tls() -> Certify:
 class NewLoader(Protocol):
     """Makes the span loader of the worker with this number."""
 
-    def __call__(self, number: int, credentials: Credentials | None) -> SpanLoader: ...
+    def __call__(self, number: int, credentials: Credentials | None, shelf: Shelf) -> SpanLoader: ...
 
 
-def torch_loader(number: int, credentials: Credentials | None) -> TorchSpanLoader:  # noqa: ARG001
+def torch_loader(number: int, credentials: Credentials | None, shelf: Shelf) -> TorchSpanLoader:  # noqa: ARG001
     """The real one."""
-    return TorchSpanLoader(CPU, partial(checkpoint_client.connect, credentials=credentials))
+    connect = partial(checkpoint_client.connect, credentials=credentials)
+    return TorchSpanLoader(CPU, connect, shelf, partial(holders.connect, credentials=credentials))
 
 
 class WatchedLoader:
     """The real loader, whose spans call `on_execute(stage, header)` in the compute thread before they compute a step.
     It may block or raise."""
 
-    def __init__(self, number: int, credentials: Credentials | None, on_execute: OnExecute) -> None:
-        self._loader = torch_loader(number, credentials)
+    def __init__(self, number: int, credentials: Credentials | None, shelf: Shelf, on_execute: OnExecute) -> None:
+        self._loader = torch_loader(number, credentials, shelf)
         self._on_execute = on_execute
 
     def measure(self, config: Mapping[str, Any]) -> ModelSizes:
@@ -113,8 +116,11 @@ class _WatchedExecutor:
         self._executor.open_epoch()
 
 
-def new_stage_server(number: int, loader: SpanLoader, credentials: Credentials | None = None) -> StageServer:
+def new_stage_server(
+    number: int, new_loader: NewLoader = torch_loader, credentials: Credentials | None = None
+) -> StageServer:
     """Return worker `w<number>` of one thread, not started yet."""
+    shelf = Shelf()
     info = WorkerInfo(
         worker_id=WorkerId(f"w{number}"),
         node_name=f"node-{number}",
@@ -130,12 +136,13 @@ def new_stage_server(number: int, loader: SpanLoader, credentials: Credentials |
     )
     return StageServer(
         info,
-        loader,
+        new_loader(number, credentials, shelf),
         host=LOOPBACK,
         ports=range(0),
         credentials=credentials,
         clock=SystemClock(),
         prepare_thread=lambda: torch.set_num_threads(1),
+        shelf=shelf,
     )
 
 
@@ -144,7 +151,7 @@ async def worker_here(
     number: int, new_loader: NewLoader = torch_loader, credentials: Credentials | None = None
 ) -> AsyncIterator[str]:
     """Run a worker in this process; give its address."""
-    server = new_stage_server(number, new_loader(number, credentials), credentials)
+    server = new_stage_server(number, new_loader, credentials)
     try:
         yield await server.start()
     finally:

@@ -19,6 +19,7 @@ from tests.checkpoints import FileFormat, make_checkpoint
 from tests.integration.local_cluster import Certify, local_cluster, mutual_tls, plaintext, torch_loader, worker_here
 from tests.worker.references import generate, load_reference
 from worker.executor import LoadedSpan
+from worker.sharing.shelf import Shelf
 
 PROMPT = "Call me Ishmael. Some years ago"
 
@@ -26,8 +27,10 @@ PROMPT = "Call me Ishmael. Some years ago"
 class ElsewhereLoader:
     """A loader on a machine where the head's path names `folder`."""
 
-    def __init__(self, number: int, credentials: Credentials | None, folder: Path, orders: list[LoadOrder]) -> None:
-        self._loader = torch_loader(number, credentials)
+    def __init__(
+        self, number: int, credentials: Credentials | None, shelf: Shelf, folder: Path, orders: list[LoadOrder]
+    ) -> None:
+        self._loader = torch_loader(number, credentials, shelf)
         self._folder = folder
         self._orders = orders
 
@@ -68,8 +71,8 @@ async def test_workers_without_the_folder_generate_the_same(
     certify: Certify = new_certify() if new_certify is mutual_tls else plaintext
     there, orders = elsewhere(tmp_path), list[LoadOrder]()
 
-    def new_loader(number: int, credentials: Credentials | None) -> ElsewhereLoader:
-        return ElsewhereLoader(number, credentials, there, orders)
+    def new_loader(number: int, credentials: Credentials | None, shelf: Shelf) -> ElsewhereLoader:
+        return ElsewhereLoader(number, credentials, shelf, there, orders)
 
     async with local_cluster(folder, 3, new_loader=new_loader, certify=certify) as cluster, cluster.client() as client:
         prompt = await client.tokenize(PROMPT)

@@ -6,11 +6,11 @@ import asyncio
 import json
 import sys
 
-from tests.integration.local_cluster import new_stage_server, torch_loader
+from tests.integration.local_cluster import new_stage_server
 
 
 async def main(number: int) -> None:
-    server = new_stage_server(number, torch_loader(number, None))
+    server = new_stage_server(number)
     print(json.dumps({"address": await server.start()}), flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.stop()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,9 @@ class StoreServicer(stage_service_pb2_grpc.StoreServiceServicer):
             await abort_with(context, error)
 
     def _list(self, collection: str) -> service.ListHeldResponse:
-        files = [_file(name, path) for name, path in self._shelf.files(collection).items()]
         claims = self._shelf.claims(collection)
         return service.ListHeldResponse(
-            files=files,
+            files=_described(self._shelf.files(collection)),
             claims=[
                 service.Claim(file=name, has_begun=claim.has_begun, bytes_done=claim.bytes_done)
                 for name, claim in claims.items()
@@ -55,8 +55,10 @@ class StoreServicer(stage_service_pb2_grpc.StoreServiceServicer):
         )
 
 
-def _file(name: str, path: Path) -> stage_pb2.CheckpointFile:
-    return stage_pb2.CheckpointFile(name=name, size_bytes=path.stat().st_size)
+def _described(files: Mapping[str, Path]) -> Iterator[stage_pb2.CheckpointFile]:
+    for name, path in files.items():
+        with suppress(FileNotFoundError):  # deleted since it was listed
+            yield stage_pb2.CheckpointFile(name=name, size_bytes=path.stat().st_size)
 
 
 async def _pieces(path: Path, start: int, end: int) -> AsyncIterator[bytes]:

@@ -12,8 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.errors import NotReadyError
+
 Listing = Callable[[], Mapping[str, Path]]
 """Returns the whole files of a collection that are here now, by name."""
+
+OnBytes = Callable[[int], None]
+"""Counts bytes that arrived; a negative number takes some back."""
 
 
 @dataclass(slots=True)
@@ -43,10 +48,12 @@ class Shelf:
             self._listings[collection] = listing
 
     def files(self, collection: str) -> Mapping[str, Path]:
-        """Return the files of a collection that are here."""
+        """Return the files of a collection that are here. Raises NotReadyError when it is not offered, or not yet."""
         with self._lock:
             listing = self._listings.get(collection)
-        return listing() if listing is not None else {}
+        if listing is None:
+            raise NotReadyError(f"{collection} is not offered here")
+        return listing()
 
     def claims(self, collection: str) -> dict[str, Claim]:
         """Return this worker's own claims, by file."""

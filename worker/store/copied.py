@@ -15,9 +15,11 @@ from cluster.hub.layout import is_part_file, part_files
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource
 from worker.architectures.base import Part
+from worker.sharing.holders import Neighbours
+from worker.sharing.parts import borrow_part
 from worker.store.disk import PARTIAL
 from worker.store.folder import BlockStore, describe_source, open_store
-from worker.store.key import default_store_folder
+from worker.store.key import default_store_folder, store_key
 from worker.store.verify import verify_part
 from worker.weights import CheckpointSource, is_here
 
@@ -41,11 +43,17 @@ def is_converted(order: LoadOrder) -> bool:
 
 def store_of(order: LoadOrder) -> BlockStore:
     """Return the store that holds an order's parts, or will."""
+    found = locate_store(order)
+    return found if _is_used_in_place(order) else open_store(found.root, order.source, order.precision)
+
+
+def locate_store(order: LoadOrder) -> BlockStore:
+    """Return the same, whether it is of this version or not."""
     if _is_used_in_place(order):
         folder = Path(order.source.path)  # type: ignore[union-attr]  # a folder's
         return BlockStore(folder.parent, folder.name)
     root = Path(order.store.store_folder) if order.store.store_folder else default_store_folder()
-    return open_store(root, order.source, order.precision)
+    return BlockStore(root, store_key(order.source, order.precision))
 
 
 def _is_used_in_place(order: LoadOrder) -> bool:
@@ -62,8 +70,9 @@ class CopiedStore:
         store: BlockStore,
         open_source: Callable[[], CheckpointSource],
         on_progress: Callable[[LoadProgress], None],
+        neighbours: Neighbours,
     ) -> None:
-        self._order, self._num_blocks, self._store = order, num_blocks, store
+        self._order, self._num_blocks, self._store, self._neighbours = order, num_blocks, store, neighbours
         self._open_source, self._on_progress = open_source, on_progress
         self._is_in_place = _is_used_in_place(order)
 
@@ -77,7 +86,7 @@ class CopiedStore:
         source = self._open_source()
         for part in missing:
             with self._store.lock(part):
-                if not self._store.has(part):
+                if not self._store.has(part) and not self._borrow(part, files[part]):
                     self._bring(source, files[part])
 
     def rebuild(self, part: Part, error: StorageError) -> None:
@@ -100,6 +109,17 @@ class CopiedStore:
                 "those blocks too (`cluster convert --blocks`), or copy them there"
             )
         return [found[name] for name in wanted]
+
+    def _borrow(self, part: str, files: Sequence[CheckpointFile]) -> bool:
+        """Copy a part from another worker's store, which has the same files."""
+        done, total = 0, sum(file.size_bytes for file in files)
+
+        def count(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            self._on_progress(LoadProgress("downloading", done, total))
+
+        return borrow_part(self._neighbours, self._order, self._store, part, count)
 
     def _bring(self, source: CheckpointSource, files: Sequence[CheckpointFile]) -> None:
         """Bring a part's files, the manifest last: it says that the part is there."""

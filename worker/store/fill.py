@@ -1,4 +1,5 @@
-"""Brings the parts that a span needs into the block store: those that are missing, each once among all processes.
+"""Brings the parts that a span needs into the block store: those that are missing, from a worker that has them, or made
+from the checkpoint, each once among all processes.
 
 Covers which parts are missing, locks, room, fetching only what they need, and discarding downloads once they are
 converted. Killed at any moment, it goes on with the rest. `worker.store.convert` converts one part, `worker.weights`
@@ -21,6 +22,8 @@ from worker.architectures.base import Part
 from worker.blocks import count_weights
 from worker.checkpoint_weights import CheckpointWeights, needed_names
 from worker.free_space import FreeBytes, free_bytes, require_space
+from worker.sharing.holders import Neighbours
+from worker.sharing.parts import borrow_part
 from worker.store.convert import convert_part
 from worker.store.copied import remove_damaged
 from worker.store.fill_meter import FillMeter
@@ -43,8 +46,10 @@ class StoreFiller:
         open_source: Callable[[], CheckpointSource],
         on_progress: Callable[[LoadProgress], None],
         measure: FreeBytes = free_bytes,
+        neighbours: Neighbours | None = None,
     ) -> None:
-        """`open_source` is called only when a part is missing: a full store needs no source."""
+        """`open_source` is called only when a part is missing that no neighbour has."""
+        self._neighbours = neighbours or Neighbours.none()
         self._order, self._architecture, self._store = order, architecture, store
         self._open_source, self._on_progress, self._measure = open_source, on_progress, measure
 
@@ -56,12 +61,32 @@ class StoreFiller:
         missing = [part for part in parts if not self._store.has(part.name)]
         if not missing:
             return
-        source = self._open_source()
-        needs = {part.name: self._files_of(part) for part in missing}
         sizes = {part.name: self._estimate(part) for part in missing}
-        self._require_room(source, _union(needs.values()), sizes)
+        self._require_room(sum(sizes.values()))
         self._store.describe(describe_source(self._order.source, self._order.precision, self._architecture.num_blocks))
         meter = FillMeter(sizes, self._on_progress)
+        missing = [part for part in missing if not self._borrow(part.name, meter)]
+        if missing:
+            self._make_all(missing, meter, num_at_once)
+
+    def _borrow(self, part: str, meter: FillMeter) -> bool:
+        """Copy a part from a worker that has it, unless another process of this machine makes it now."""
+        lock = self._store.try_lock(part)
+        if lock is None:
+            return False
+        try:
+            count = meter.converting(part)
+            is_here = self._store.has(part) or borrow_part(self._neighbours, self._order, self._store, part, count)
+        finally:
+            os.close(lock)
+        if is_here:
+            meter.finish(part)
+        return is_here
+
+    def _make_all(self, missing: Sequence[Part], meter: FillMeter, num_at_once: int) -> None:
+        source = self._open_source()
+        needs = {part.name: self._files_of(part) for part in missing}
+        self._require_room(sum(map(self._estimate, missing)), source, _union(needs.values()))
         with _Downloads(source, needs, is_discarding=self._order.store.is_source_discarded) as downloads:
             self._run(missing, downloads, meter, num_at_once)
 
@@ -117,12 +142,12 @@ class StoreFiller:
         return count.resident_bytes(self._order.precision) + _EMBEDDING_ITEM_BYTES * table
 
     def _require_room(
-        self, source: CheckpointSource, files: Sequence[CheckpointFile], sizes: Mapping[str, int]
+        self, num_bytes: int, source: CheckpointSource | None = None, files: Sequence[CheckpointFile] = ()
     ) -> None:
-        options, root, num_bytes = self._order.store, self._store.root, sum(sizes.values())
-        download = source.missing_bytes(files)
-        is_one_disk = download > 0 and _device(root) == _device(source.folder)
-        if download and not is_one_disk:
+        options, root = self._order.store, self._store.root
+        download = source.missing_bytes(files) if source else 0
+        is_one_disk = source is not None and download > 0 and _device(root) == _device(source.folder)
+        if source and download and not is_one_disk:
             require_space(source.folder, download, "--download-dir", self._measure)
         require_room(
             root,

@@ -36,7 +36,7 @@ class FillMeter:
         def count(num_bytes: int) -> None:
             self._check()
             with self._counting:
-                self._done[part] = min(self._sizes[part], self._done[part] + num_bytes)
+                self._done[part] += num_bytes
             self.report()
 
         return count
@@ -49,7 +49,8 @@ class FillMeter:
 
     def report(self) -> None:
         """Say how far the conversion is, as a sign of life too."""
-        self._on_progress(LoadProgress("converting", sum(self._done.values()), sum(self._sizes.values())))
+        done = sum(min(number, self._sizes[part]) for part, number in self._done.items())
+        self._on_progress(LoadProgress("converting", done, sum(self._sizes.values())))
 
     def stop(self) -> None:
         """End what counts here, at its next bytes."""

@@ -139,6 +139,10 @@ class BlockStore:
         """Return what `describe` wrote; None when nothing did, or its file is damaged."""
         return read_description(self.folder)
 
+    def hold(self, file: int) -> None:
+        """See hold_shared."""
+        hold_shared(file)
+
     def note_use(self) -> None:
         """Remember that the folder was used now, where it may be written."""
         try:

@@ -12,7 +12,7 @@ import xxhash
 
 from cluster.errors import StorageError
 from worker.store.disk import forget_pages
-from worker.store.folder import BlockStore, hold_shared
+from worker.store.folder import BlockStore
 from worker.store.manifest import PartManifest, TensorPlace
 
 READ_BYTES = 8 << 20  # at a time
@@ -32,7 +32,7 @@ class PartBytes:
             raise StorageError(f"{part}: {self.path} cannot be read ({error.strerror}): {_WAY_OUT}") from error
         try:
             self._check_length()
-            hold_shared(self._file)
+            store.hold(self._file)
         except BaseException:
             os.close(self._file)
             raise

@@ -268,7 +268,8 @@ class StoreServiceServicer(object):
     """
 
     def ListHeld(self, request, context):
-        """Which files of a collection are here whole, and which this worker is about to fetch. Idempotent.
+        """Which files of a collection are here whole, and which this worker is about to fetch. FAILED_PRECONDITION until the
+        worker is told to load something of it. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
