@@ -120,6 +120,9 @@ class Sampler:
             chosen = _choose(some, logits)
             tokens += chosen
             logprobs += _chosen_logprobs(some, logits, chosen)
+        for piece in slices:
+            if piece.is_scored:  # now that no row can fail any more: a step may be computed again
+                piece.state.last_row = (piece.end, piece.rows[-1].clone())
         return StepResult(
             header.epoch,
             header.step_id,
@@ -160,7 +163,7 @@ class Sampler:
             yield some, head(torch.stack([row.hidden for row in some])).float()
 
     def _score_prompt(self, piece: _Slice, head: Head) -> PromptLogprobs:
-        """Return the log probabilities of a slice's prompt tokens, and keep its last row for the next slice."""
+        """Return the log probabilities of a slice's prompt tokens."""
         state = piece.state
         rows = _predicting_rows(piece)
         first = rows[0].position if rows else piece.end
@@ -173,7 +176,6 @@ class Sampler:
             _check_best(some, logits.amax(dim=1))
             targets = [piece.token_ids[row.position - piece.start] for row in some]
             tokens += token_logprobs(logits, targets, [num_best] * len(some))
-        state.last_row = (piece.end, piece.rows[-1].clone())
         return PromptLogprobs(piece.sequence_id, first, tuple(tokens))
 
 

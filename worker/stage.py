@@ -15,7 +15,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from cluster.errors import ConfigurationError, InvariantError
+from cluster.errors import ConfigurationError, InvariantError, StorageError
 from cluster.microbatch import StepHeader, StepResult, WeightTraffic
 from cluster.span import Span
 from worker.architectures import Architecture
@@ -110,7 +110,7 @@ class Stage:
         self._disk_weights.begin_pass(self._cache, self._place)
         try:
             with _no_collection():
-                output = self._compute(header, tensors, on_block)
+                output = self._compute_from_disk(self._disk_weights, header, tensors, on_block)
         finally:
             traffic = self._disk_weights.end_pass(self._resident_bytes)
         return replace(output, traffic=traffic)
@@ -135,6 +135,20 @@ class Stage:
             hidden = self._architecture.run_block(block, hidden, step)
             on_block(blocks_done)
         return self._leave(header, hidden[0])
+
+    def _compute_from_disk(
+        self,
+        disk_weights: DiskWeights,
+        header: StepHeader,
+        tensors: Mapping[str, Tensor],
+        on_block: Callable[[int], None],
+    ) -> StageOutput:
+        """Compute, once more if damaged weights could be made again: writing a position twice is harmless."""
+        try:
+            return self._compute(header, tensors, on_block)
+        except StorageError as error:
+            disk_weights.repair(error)
+            return self._compute(header, tensors, on_block)
 
     def _place(self, index: int, module: nn.Module) -> None:
         """Replace a block, or the head, by one whose weights are held elsewhere."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -167,21 +169,62 @@ def test_weights_give_way_to_pages_and_come_back_without_changing_tokens(
     assert streamed.streamed_bytes > 0
 
 
-def test_a_damaged_block_fails_the_step_by_name_and_the_next_works_after_repair(
-    folders: dict[str, Path], loads: Loads
+def flip(path: Path) -> None:
+    flip_byte(path, path.stat().st_size - 4096)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4096)
+
+
+@pytest.mark.parametrize("part", ["block-0001", "head"])
+@pytest.mark.parametrize("damage", [flip, cut])
+def test_a_part_that_is_damaged_while_it_is_streamed_is_made_again(
+    folders: dict[str, Path], loads: Loads, damage: Callable[[Path], None], part: str
 ) -> None:
-    stage = loads.stage(folders["llama"], precision=Precision.INT8, num_streamed=3, ring_bytes=RING_BYTES)
+    stage = loads.stage(folders["llama"], precision=Precision.INT8, num_streamed=NUM_BLOCKS + 1, ring_bytes=RING_BYTES)
+    expected = PipelineDriver([stage]).generate(PROMPT, 4)
+    path = loads.part_path(folders["llama"], part, Precision.INT8)
+    whole = path.read_bytes()
+    damage(path)
+    stage.open_epoch()
+    assert PipelineDriver([stage]).generate(PROMPT, 12)[:4] == expected
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize(
+    "options", [{"num_streamed": 2, "ring_bytes": RING_BYTES}, {"num_streamed": 1, "ring_bytes": RING_BYTES}]
+)
+def test_a_part_that_was_damaged_before_loading_is_made_again(
+    folders: dict[str, Path], loads: Loads, damage: Callable[[Path], None], options: dict[str, int]
+) -> None:
+    stage = loads.stage(folders["llama"], precision=Precision.INT8, **options)
+    expected = PipelineDriver([stage]).generate(PROMPT, 4)
+    loads.close()
+    damage(loads.part_path(folders["llama"], "block-0001", Precision.INT8))
+    stage = loads.stage(folders["llama"], precision=Precision.INT8, **options)
+    assert PipelineDriver([stage]).generate(PROMPT, 4) == expected
+
+
+def test_damage_that_cannot_be_repaired_fails_the_step_by_name_and_the_next_works_once_it_is(
+    loads: Loads, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path / "model", "llama")
+    stage = loads.stage(folder, precision=Precision.INT8, num_streamed=3, ring_bytes=RING_BYTES)
+    expected = PipelineDriver([stage]).generate(PROMPT, 4)
+    path = loads.part_path(folder, "block-0001", Precision.INT8)
+    shutil.copytree(path.parent, tmp_path / "backup")
+    (folder / "model.safetensors").rename(tmp_path / "gone")
+    flip(path)
+    stage.open_epoch()
     driver = PipelineDriver([stage])
-    expected = driver.generate(PROMPT, 4)
-    path = loads.part_path(folders["llama"], "block-0001", Precision.INT8)
-    offset = path.stat().st_size - 4096
-    flip_byte(path, offset)
     for _ in range(2):  # the ring may have read ahead for as many passes
         with suppress(StorageError):
             driver.generate(PROMPT, 4)
     with pytest.raises(StorageError, match="block-0001"):
         driver.generate(PROMPT, 4)
-    flip_byte(path, offset)
+    shutil.copytree(tmp_path / "backup", path.parent, dirs_exist_ok=True)
     stage.open_epoch()
     assert PipelineDriver([stage]).generate(PROMPT, 4) == expected
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from cluster.errors import StorageError
 from cluster.microbatch import WeightTraffic
 from worker.kv_cache import KVCache
 from worker.stream.experts import ExpertCache
@@ -25,6 +26,7 @@ class DiskWeights:
     readers: Readers
     counters: ReadCounters
     close_files: Callable[[], None]
+    repair: Callable[[StorageError], None]  # makes what could not be read again, or raises why that is not possible
     ring: SliceRing | None = None
     residency: Residency | None = None  # with a ring
     experts: ExpertCache | None = None

@@ -112,6 +112,7 @@ class ExpertCache:
         finally:
             self._counters.stall_ns += self._clock_ns() - started
         if fill.error is not None:
+            extent.file.suspect()  # once more: reads under way may have opened it since
             self._forget_failed()
             raise fill.error
 

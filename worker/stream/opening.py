@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from cluster.errors import StorageError
 from cluster.load_order import LoadOrder
 from worker.store.manifest import WeightPlace
 from worker.store.reader import PartFile
@@ -98,10 +99,13 @@ class OpenSpan:
         """Return what a block's SparseExperts asks for experts."""
         return partial(self._cache.arrivals, self._experts[part]) if self._cache is not None else iter
 
-    def disk_weights(self, build: Callable[[str, bool], nn.Module]) -> DiskWeights:
+    def disk_weights(
+        self, build: Callable[[str, bool], nn.Module], make_again: Callable[[str, StorageError], None]
+    ) -> DiskWeights:
         """Return what the stage owns; reading ahead begins.
 
-        `build(part, is_streamed)` builds a part anew: a block, or the head's linear layer.
+        `build(part, is_streamed)` builds a part anew: a block, or the head's linear layer. `make_again(part, error)`
+        makes a damaged part of the store again, or raises why it cannot.
         """
         residency = None
         if self._ring is not None:
@@ -112,7 +116,8 @@ class OpenSpan:
             order = self._order
             residency = Residency(parts, len(order.span), order.num_streamed, order.memory_bytes, self._ring)
             residency.start()
-        return DiskWeights(self._readers, self._counters, self.close, self._ring, residency, self._cache)
+        repair = partial(self._repair, make_again)
+        return DiskWeights(self._readers, self._counters, self.close, repair, self._ring, residency, self._cache)
 
     def close(self) -> None:
         """Close the files."""
@@ -120,6 +125,14 @@ class OpenSpan:
             streamed.close()
         for file in self._files.values():
             file.close()
+
+    def _repair(self, make_again: Callable[[str, StorageError], None], error: StorageError) -> None:
+        failed = [file for file in self._streamed.values() if file.has_failed]
+        if not failed:
+            raise error
+        for file in failed:
+            make_again(file.part, error)
+            file.made_again()
 
     def _make_ring(self) -> SliceRing:
         slot_bytes = _largest(extent for extents in self._slices.values() for extent in extents)

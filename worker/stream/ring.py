@@ -113,8 +113,9 @@ class SliceRing:
                 self._readers.wait(self._dropped)
                 self._read_ahead()
             self._readers.wait((self._ahead[0],))
-            if self._ahead[0].error is not None:
-                raise self._ahead[0].error
+            if (error := self._ahead[0].error) is not None:
+                self._ahead[0].extent.file.suspect()  # once more: reads under way may have opened it since
+                raise error
         except SpanwiseError:
             self.drain()
             raise

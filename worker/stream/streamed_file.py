@@ -31,6 +31,7 @@ class StreamedFile:
         self._lock = threading.Lock()
         self._descriptor = -1
         self._is_suspect = True  # not opened yet, or the last read failed: the file may have been replaced
+        self.has_failed = False  # a read did, or brought what was not written, since the file was made again
 
     def read(self, memory: memoryview, offset: int) -> None:
         """Fill `memory` from `offset` on; both are aligned. Raises StorageError without naming tensors."""
@@ -42,11 +43,15 @@ class StreamedFile:
 
     def suspect(self) -> None:
         """Open the file again at the next read: what it holds is not what was written."""
-        self._is_suspect = True
+        self._is_suspect = self.has_failed = True
+
+    def made_again(self) -> None:
+        """Take the file for a new one."""
+        self._is_suspect, self.has_failed = True, False
 
     def damage(self, what: str) -> str:
         """Return a message about this file."""
-        return f"{self.part} cannot be read from {self.path}: {what}; check the disk, then load again to rebuild it"
+        return f"{self.part} cannot be read from {self.path}: {what}"
 
     def close(self) -> None:
         """Idempotent; reading opens the file again."""
