@@ -27,6 +27,7 @@ from worker.store.layout import WeightSpec
 from worker.stored_weight import MemoryWeight, whole_weight
 from worker.weights import Checkpoint
 
+TILE_ELEMENTS = 1 << 21  # looked at at a time
 READABLE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -121,7 +122,7 @@ class PartOfCheckpoint:
         found = self.source.tensor(key, layer.shape[::-1] if layer.is_transposed else layer.shape)
         encoded = self._encode(layer.name, found.t() if layer.is_transposed else found)
         if self.precision.is_quantized:
-            _check_finite(key, found.sum(dtype=torch.float32), self.precision)
+            _check_finite(key, found, self.precision)
         elif DTYPES[self.precision.value] != found.dtype:
             _check_finite(key, encoded.held[0].tensors["weight"], self.precision)
         return encoded
@@ -186,7 +187,8 @@ def needed_names(architecture: Architecture, parts: Iterable[Part]) -> frozenset
 
 
 def _check_finite(key: str, values: Tensor, precision: Precision) -> None:
-    if bool(values.isfinite().all()):
+    tiles = values.split(max(1, TILE_ELEMENTS // max(1, values[0].numel())))  # a sum of 16-bit numbers copies them
+    if all(bool(tile.sum(dtype=torch.float32).isfinite()) for tile in tiles):
         return
     if precision is Precision.FP16:
         raise ConfigurationError(f"tensor {key} has values that do not fit fp16: use --precision bf16")
