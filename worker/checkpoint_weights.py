@@ -187,7 +187,7 @@ def needed_names(architecture: Architecture, parts: Iterable[Part]) -> frozenset
 
 
 def _check_finite(key: str, values: Tensor, precision: Precision) -> None:
-    tiles = values.split(max(1, TILE_ELEMENTS // max(1, values[0].numel())))  # a sum of 16-bit numbers copies them
+    tiles = torch.split(values, max(1, TILE_ELEMENTS // max(1, values[0].numel())))  # a sum of 16 bits copies them
     if all(bool(tile.sum(dtype=torch.float32).isfinite()) for tile in tiles):
         return
     if precision is Precision.FP16:
