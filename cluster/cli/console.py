@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+FILE_WIDTH = 140  # of tables in a file or pipe, where no terminal says how wide it is
 
 
 def stdout() -> Console:
     """Return the console for results; made per call, so that a redirected sys.stdout is honoured."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, width=_width(sys.stdout))
 
 
 def stderr() -> Console:
     """Return the console for everything that is not a result."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, width=_width(sys.stderr))
+
+
+def _width(stream: TextIO) -> int | None:
+    """Return a width; None lets rich ask the terminal, or COLUMNS."""
+    return None if stream.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
 
 
 def print_error(message: str) -> None:

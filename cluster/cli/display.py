@@ -158,7 +158,8 @@ def streaming_table(cluster: ClusterStatus) -> Table:
         table.add_row(
             *(str(stage.stage), f"{size(stage.resident_bytes)}, {stage.resident_bytes / max(1, total):.0%}"),
             *(size(stage.streamed_bytes), size(stage.read_bytes), f"{size(rate)}/s"),
-            *(f"{size(stage.disk_bytes_per_second)}/s", duration(stage.stall_seconds)),
+            f"{size(stage.disk_bytes_per_second)}/s" if stage.disk_bytes_per_second else "too small",
+            duration(stage.stall_seconds),
         )
     return table
 
@@ -241,7 +242,7 @@ def _blocks(stage: StageStatus) -> str:
 
 
 def _bytes_done(stage: StageStatus) -> str:
-    if not stage.progress_bytes and not stage.progress_total_bytes:
+    if stage.state == "ready" or not (stage.progress_bytes or stage.progress_total_bytes):
         return ""
     total = f" of {size(stage.progress_total_bytes)}" if stage.progress_total_bytes else ""
     return f"{size(stage.progress_bytes)}{total}"
