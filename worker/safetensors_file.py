@@ -11,6 +11,7 @@ import math
 import mmap
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from cluster.errors import ConfigurationError
+from worker.store.disk import forget_pages
 
 LENGTH_BYTES = 8
 """The file begins with the header's length: an unsigned little-endian integer of this many bytes."""
@@ -98,6 +100,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path, label: str) -> None:
         """Open and check. `label` names the file in messages. Raises ConfigurationError and OSError."""
+        self._path = path
         size = path.stat().st_size
         with path.open("rb") as file:
             length = header_length(file.read(LENGTH_BYTES), label, size)
@@ -127,9 +130,14 @@ class SafetensorsFile:
         return flat.view(entry.dtype).view(entry.shape)
 
     def forget_pages(self) -> None:
-        """Let go of the memory that reading took. Tensors stay valid: what is read again comes from the file again."""
+        """Let go of the memory that reading took, the page cache's too, which counts as that of a control group.
+
+        Tensors stay valid: what is read again comes from the file again.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+            with suppress(OSError), self._path.open("rb") as file:  # it may have been discarded meanwhile
+                forget_pages(file.fileno())
 
     def close(self) -> None:
         self.forget_pages()
