@@ -36,6 +36,11 @@ class Precision(Enum):
         return self in (Precision.INT8, Precision.NF4)
 
     @property
+    def of_head(self) -> Precision:
+        """How the head is stored: in 8 bits beside NF4 blocks, since an error of its weights is one of the logits."""
+        return Precision.INT8 if self is Precision.NF4 else self
+
+    @property
     def bits_per_parameter(self) -> float:
         """Bits of one parameter of a linear layer, scales of NF4's blocks included, those of rows aside."""
         return {"fp32": 32.0, "bf16": 16.0, "fp16": 16.0, "int8": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256)}[self.value]

@@ -71,7 +71,7 @@ class Ledger:
         self._sizes = sizes
         precision = options.precision
         self._large = [count.large_bytes(precision) for count in sizes.blocks]
-        self._head_bytes = sizes.head.large_bytes(precision)
+        self._head_bytes = sizes.head.large_bytes(precision.of_head)
         self._large_sums = [0, *accumulate(self._large)]
         self._small_sums = [0, *accumulate(count.small_bytes(precision) for count in sizes.blocks)]
         self._expert_sums = [0, *accumulate(count.large_bytes(precision) for count in sizes.experts)]
@@ -95,7 +95,7 @@ class Ledger:
                 0, self._sizes.embedding_num_parameters - self._sizes.head.num_linear - self._sizes.head.num_kept
             )
         if self.is_last(span):
-            num_bytes += self._sizes.head.small_bytes(self.options.precision)
+            num_bytes += self._sizes.head.small_bytes(self.options.precision.of_head)
         return num_bytes + 4 * self.options.max_context * self._sizes.rotary_elements_per_token
 
     def weight_bytes(self, span: Span) -> int:

@@ -22,7 +22,7 @@ from worker.blocks import LinearLayer
 from worker.numerics import DTYPES, name_of
 from worker.quantization.bitsandbytes import companion_names, is_quantized_twice, quantized_kind, read_quantized
 from worker.quantization.encode import encode
-from worker.store.key import EMBEDDING
+from worker.store.key import EMBEDDING, HEAD
 from worker.store.layout import WeightSpec
 from worker.stored_weight import MemoryWeight, whole_weight
 from worker.weights import Checkpoint
@@ -86,7 +86,7 @@ class CheckpointWeights:
     def part(self, part: Part, precision: Precision, *, is_copied: bool) -> PartOfCheckpoint:
         """Return a part's tensors as they are stored in `precision`. What the part before took is let go."""
         self._checkpoint.forget_pages()
-        return PartOfCheckpoint(self, part, precision, is_copied)
+        return PartOfCheckpoint(self, part, precision.of_head if part.name == HEAD else precision, is_copied)
 
     def close(self) -> None:
         """Close the checkpoint; tensors stay valid."""

@@ -109,4 +109,5 @@ def _held_bytes(weight: StoredWeight) -> int:
     small = sum(tensor.nbytes for tensor in weight.small.values())
     if weight.is_streamed:
         return small
-    return small + sum(tensor.nbytes for piece in weight.pieces() for tensor in piece.tensors.values())
+    num_rows, num_columns = weight.shape
+    return small + int(num_rows * num_columns * weight.kind.bits_per_parameter / 8)

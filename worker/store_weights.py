@@ -98,7 +98,7 @@ class StoreWeights:
         file = PartFile(self.store, part.name)
         self._open.append(file)
         if self.streams is None:
-            return StoredPart(file, PartFile.read_weight)
+            return StoredPart(file, PartFile.open_weight)
         return streamed_part(self.streams, file, is_streamed=self.streams.is_streamed(part.name))
 
     def table(self) -> StoredTable:

@@ -83,6 +83,13 @@ class MemoryWeight:
         return iter(self.held)
 
 
+def hold(weight: StoredWeight) -> StoredWeight:
+    """Return the weight so that its pieces can be asked for again and again: in memory, unless it is streamed."""
+    if weight.is_streamed or isinstance(weight, MemoryWeight):
+        return weight
+    return MemoryWeight(weight.name, weight.kind, weight.shape, weight.small, tuple(weight.pieces()))
+
+
 def whole_weight(name: str, kind: Precision, weight: Tensor) -> MemoryWeight:
     """Return a weight `[out, in]` that is not quantized, already of its kind's dtype: one piece."""
     shape = (weight.shape[0], weight.shape[1])

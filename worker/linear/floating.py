@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from worker.linear.base import Linear, LinearNumerics, Scratch
 from worker.numerics import DTYPES
-from worker.stored_weight import Piece, StoredWeight
+from worker.stored_weight import Piece, StoredWeight, hold
 
 MIN_ROWS = 4  # oneDNN takes longer for 1 to 3 rows than for 4, and only a single row gets other bits than among others
 FIXED_ROWS = 64  # of exact products where a library's bits depend on the number of rows
@@ -77,7 +77,7 @@ class PieceLinear(Linear):
         self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics, scratch: Scratch, min_rows: int
     ) -> None:
         super().__init__(weight.shape[0], bias, min_rows)
-        self.weight, self.scratch, self._compute = weight, scratch, numerics.compute
+        self.weight, self.scratch, self._compute = hold(weight), scratch, numerics.compute
         self._tile = max(1, SCRATCH_BYTES // (4 * weight.shape[1] * ROW_STEP)) * ROW_STEP
 
     def multiply(self, rows: Tensor) -> Tensor:

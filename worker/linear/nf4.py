@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from worker.linear.base import Linear, LinearNumerics
 from worker.quantization.nf4 import BLOCK, VALUES, decode, decode_absmax, encode, tiles
-from worker.stored_weight import Piece, StoredWeight
+from worker.stored_weight import Piece, StoredWeight, hold
 
 MIN_ROWS = 4  # below that oneDNN gives a row other bits than among others
 FLOAT_TILE_BYTES = 4 << 20  # of weights turned into floats; oneDNN's cost per call outweighs a better fitting cache
@@ -33,7 +33,7 @@ class TiledNf4Linear(Linear):
 
     def __init__(self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> None:
         super().__init__(weight.shape[0], bias, MIN_ROWS if numerics.is_exact else 1)
-        self.weight = weight
+        self.weight = hold(weight)
         _library()  # defines the kernel
 
     def multiply(self, rows: Tensor) -> Tensor:

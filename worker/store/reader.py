@@ -8,7 +8,8 @@ a whole part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch import Tensor
 from cluster.model_spec import Precision
 from worker.store.manifest import PiecePlace, TensorPlace, WeightPlace
 from worker.store.part_bytes import PartBytes, label
-from worker.store.tensors import DTYPES, bytes_of, empty, view_bytes
-from worker.stored_weight import MemoryWeight, Piece
+from worker.store.tensors import DTYPES, bytes_of, empty
+from worker.stored_weight import Piece
 
 
 class PartFile(PartBytes):
@@ -37,19 +38,14 @@ class PartFile(PartBytes):
         """Return a weight's small tensors by role."""
         return {role: self.read_tensor(label(place.name, role), found) for role, found in place.small.items()}
 
-    def read_weight(self, place: WeightPlace) -> MemoryWeight:
-        """Return a weight in memory of its own: the pieces as stored, side by side in one allocation per role."""
-        roles = place.pieces[0].tensors
-        held = {role: torch.empty(_num_bytes(place, role), dtype=torch.uint8) for role in roles}
-        pieces = []
-        starts = dict.fromkeys(roles, 0)
-        for piece in place.pieces:
-            views = {role: view_bytes(held[role], starts[role], found) for role, found in piece.tensors.items()}
-            pieces.append(self._read_piece(place, piece, views))
-            starts = {role: starts[role] + found.num_bytes for role, found in piece.tensors.items()}
-        return MemoryWeight(
-            place.name, Precision(place.kind), place.shape, self.read_weight_small(place), tuple(pieces)
-        )
+    def open_weight(self, place: WeightPlace) -> FileWeight:
+        """Return a weight whose pieces are read when they are asked for, so that packing holds one at a time."""
+        return FileWeight(self, place, self.read_weight_small(place))
+
+    def read_piece(self, place: WeightPlace, piece: PiecePlace) -> Piece:
+        """Return one piece, in memory of its own."""
+        tensors = {role: self.read_tensor(label(place.name, role), found) for role, found in piece.tensors.items()}
+        return Piece(piece.first_row, piece.num_rows, tensors)
 
     def read_tensor(self, name: str, place: TensorPlace) -> Tensor:
         """Return a tensor, called `name` in messages."""
@@ -67,11 +63,28 @@ class PartFile(PartBytes):
             self._fill(view[index * row_bytes : (index + 1) * row_bytes], offset, place.name)
         return out
 
-    def _read_piece(self, place: WeightPlace, piece: PiecePlace, views: Mapping[str, Tensor]) -> Piece:
-        for role, view in views.items():
-            self.read_checked(bytes_of(view), label(place.name, role), piece.tensors[role])
-        return Piece(piece.first_row, piece.num_rows, views)
 
+@dataclass(frozen=True, slots=True)
+class FileWeight:
+    """A StoredWeight that will be held in memory. Each call of `pieces` reads the file, which must be open."""
 
-def _num_bytes(place: WeightPlace, role: str) -> int:
-    return sum(piece.tensors[role].num_bytes for piece in place.pieces)
+    file: PartFile
+    place: WeightPlace
+    small: Mapping[str, Tensor]
+    is_streamed: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.place.name
+
+    @property
+    def kind(self) -> Precision:
+        return Precision(self.place.kind)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.place.shape
+
+    def pieces(self) -> Iterator[Piece]:
+        """See StoredWeight."""
+        return (self.file.read_piece(self.place, piece) for piece in self.place.pieces)

@@ -86,14 +86,14 @@ class OpenSpan:
         """Return a weight of a part that is streamed, or resident with its experts perhaps read on demand."""
         part = file.manifest.part
         if part not in self._files:
-            return file.read_weight(place)
+            return file.open_weight(place)
         expert = file.manifest.slices[place.pieces[0].slice_index].expert
         if is_streamed and self._ring is not None:
             return StreamedWeight(place, file.read_weight_small(place), self._slices[part], self._ring)
         if self._cache is not None and expert is not None:
             extents = (self._experts[part][expert],) * len(file.manifest.slices)
             return StreamedWeight(place, file.read_weight_small(place), extents, self._cache)
-        return file.read_weight(place)
+        return file.open_weight(place)
 
     def expert_arrivals(self, part: str) -> Callable[[Sequence[int]], Iterable[int]]:
         """Return what a block's SparseExperts asks for experts."""

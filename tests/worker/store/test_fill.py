@@ -22,8 +22,9 @@ from worker.quantization.encode import encode
 from worker.store.convert import TABLE, stored_layers
 from worker.store.copied import store_of
 from worker.store.folder import BlockStore
-from worker.store.key import all_parts
+from worker.store.key import HEAD, all_parts
 from worker.store.reader import PartFile
+from worker.stored_weight import hold
 from worker.weights import CheckpointSource
 
 
@@ -48,14 +49,15 @@ def test_stored_parts_are_the_checkpoints_tensors_encoded(
     checkpoint = CheckpointSource(order).fetch(needed_names(opened, parts).__contains__, lambda _: None)
     weights = CheckpointWeights(order, opened, checkpoint)
     for part in parts:
+        kind = precision.of_head if part.name == HEAD else precision
         with PartFile(store_of(order), part.name) as file:
             layers = stored_layers(part)
             assert [w.name for w in file.manifest.weights if w.name != TABLE] == [layer.name for layer in layers]
             for layer in layers:
-                found = file.read_weight(file.manifest.weight(layer.name))
+                found = hold(file.open_weight(file.manifest.weight(layer.name)))
                 shape = layer.shape[::-1] if layer.is_transposed else layer.shape
                 original = weights.tensor(f"{part.key}{layer.name}.weight", shape)
-                expected = encode(layer.name, original.t() if layer.is_transposed else original, precision)
+                expected = encode(layer.name, original.t() if layer.is_transposed else original, kind)
                 assert_equal_weights(found, expected)
             for name, small in file.read_small().items():
                 original = weights.tensor(part.key + name, tuple(small.shape))

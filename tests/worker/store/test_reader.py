@@ -11,12 +11,13 @@ from tests.worker.store.parts import PART, flip_bit, make_small, make_store, mak
 from worker.store.part_bytes import PartBytes, tensors_of
 from worker.store.reader import PartFile
 from worker.store.writer import join_pieces
+from worker.stored_weight import hold
 
 
 def read_everything(part: PartFile) -> None:
     part.read_small()
     for place in part.manifest.weights:
-        part.read_weight(place)
+        hold(part.open_weight(place))
 
 
 @pytest.mark.parametrize("precision", list(Precision))
@@ -27,21 +28,23 @@ def test_what_is_read_is_what_was_written(precision: Precision, tmp_path: Path) 
         small = part.read_small()
         assert all(torch.equal(small[name], tensor) for name, tensor in make_small().items())
         for place, weight in zip(part.manifest.weights, make_weights(precision), strict=True):
-            read = part.read_weight(place)
+            read = hold(part.open_weight(place))
             assert (read.name, read.kind, read.shape) == (weight.name, weight.kind, weight.shape)
             written, found = join_pieces(weight), join_pieces(read)
             assert all(torch.equal(found[role], tensor) for role, tensor in written.items())
             assert all(torch.equal(read.small[role], tensor) for role, tensor in weight.small.items())
 
 
-def test_the_pieces_of_a_weight_lie_side_by_side_in_memory(tmp_path: Path) -> None:
+def test_pieces_are_read_one_at_a_time(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     write(store)
     with PartFile(store, PART) as part:
-        pieces = [piece.tensors["weight"] for piece in part.read_weight(part.manifest.weight("attention.q")).held]
-    assert len(pieces) > 1
-    ends = [tensor.data_ptr() + tensor.nbytes for tensor in pieces]
-    assert [tensor.data_ptr() for tensor in pieces[1:]] == ends[:-1]
+        pieces = part.open_weight(part.manifest.weight("attention.q")).pieces()
+        next(pieces)
+        with store.path(PART).open("r+b") as file:
+            file.truncate(0)
+        with pytest.raises(StorageError, match=PART):
+            next(pieces)
 
 
 def test_single_rows_are_read_from_any_piece(tmp_path: Path) -> None:
@@ -82,7 +85,7 @@ def test_a_file_cut_short_while_it_is_open_never_gives_stale_data(tmp_path: Path
         with store.path(PART).open("r+b") as file:
             file.truncate(manifest.small_bytes)
         with pytest.raises(StorageError, match=r"block-0000: tensor attention\.q .* the file ends at byte"):
-            part.read_weight(manifest.weights[0])
+            hold(part.open_weight(manifest.weights[0]))
         with pytest.raises(StorageError, match=r"tensor attention\.q .* the file ends"):
             part.read_rows(manifest.weights[0], [5])
 
