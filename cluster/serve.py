@@ -434,6 +434,7 @@ def _shut_down(coordinator: Any, workers: Sequence[Any]) -> None:
 
 def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threading.Event) -> int:
     """Watch until told to stop or until the cluster can no longer serve."""
+    has_served = False
     deaths: dict[Any, _Member | None] = {member.actor.wait_stopped.remote(): member for member in deployment.members}
     deaths[deployment.coordinator.wait_stopped.remote()] = None
     with grpc.insecure_channel(_dialable(deployment.server_address), (("grpc.enable_http_proxy", 0),)) as channel:
@@ -446,10 +447,11 @@ def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threadi
             if status is None:
                 continue
             on_status(status)
+            has_served |= status.state == service.CLUSTER_STATE_READY
             if status.state == service.CLUSTER_STATE_FAILED:
                 stop.wait(FAREWELL_SECONDS)  # let clients and `cluster status` see why
                 return 1
-    return 0
+    return 0 if has_served else INTERRUPTED
 
 
 _COORDINATOR_DIED = service.DescribeClusterResponse(

@@ -14,7 +14,13 @@ from typing import Any
 
 import grpc
 
-from cluster.errors import IncompatibleVersionError, StageTimeoutError, StageUnavailableError
+from cluster.errors import (
+    ConfigurationError,
+    IncompatibleVersionError,
+    StageTimeoutError,
+    StageUnavailableError,
+    StorageError,
+)
 from cluster.load_order import LoadedReport, LoadOrder, LoadProgress
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSizes
@@ -121,7 +127,8 @@ async def _loaded(
 
 @asynccontextmanager
 async def _translated(where: str, advice: str = "") -> AsyncIterator[None]:
-    """Turn gRPC's errors into ours. Those of the connection, which no worker has worded, name both ends."""
+    """Turn gRPC's errors into ours. Those of the connection, which no worker has worded, name both ends; those of the
+    worker's machine name that."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -134,4 +141,6 @@ async def _translated(where: str, advice: str = "") -> AsyncIterator[None]:
         if is_unheard:
             message = f"{where} does not answer {socket.gethostname()}: {translated}{advice}"
             raise type(translated)(message, reason=translated.reason) from None
+        if isinstance(translated, ConfigurationError | StorageError):  # of its machine: say which
+            raise type(translated)(f"{where}: {translated}", reason=translated.reason) from None
         raise translated from None

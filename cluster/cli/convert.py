@@ -73,6 +73,8 @@ def convert(
     - `cluster convert bigscience/bloom --precision nf4 --blocks 0:35 --discard-source`
     - `cluster convert ./my-model --precision int8 --output ./my-model-int8`, then `cluster serve ./my-model-int8`
     """
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"must be one of {', '.join(PRECISIONS)}, not {precision!r}", param_hint="--precision")
     from cluster.hub.resolve import find_token, resolve
     from cluster.load_order import StoreOptions
     from cluster.model_spec import Precision
@@ -80,8 +82,6 @@ def convert(
     from worker.conversion import convert as convert_model
     from worker.store.key import all_parts
 
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"must be one of {', '.join(PRECISIONS)}, not {precision!r}", param_hint="--precision")
     token = find_token()
     spec = resolve(model, revision, token)
     options = StoreOptions(store_dir and str(Path(store_dir).expanduser()), download_dir, discard_source)
