@@ -42,6 +42,12 @@ class MemoryGroup:
         return None
 
     @property
+    def anonymous_bytes(self) -> int:
+        """The memory that belongs to processes now: without page cache, which can be taken back."""
+        statistics = dict(line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
+        return int(statistics["anon" if self.is_unified else "total_rss"])
+
+    @property
     def num_times_at_limit(self) -> int:
         """How often the limit was hit: harmless when page cache could be dropped."""
         if not self.is_unified:
