@@ -21,7 +21,7 @@ from worker.store.manifest import PartManifest, PiecePlace, TensorPlace, WeightP
 from worker.store.tensors import bytes_of, checksum, spec_of
 from worker.stored_weight import MemoryWeight
 
-_SYNC_BYTES = 256 << 20  # pages that are not on the disk yet count as a cgroup's memory, and cannot be taken from it
+_SYNC_BYTES = 64 << 20  # pages that are not on the disk yet count as a cgroup's memory, and cannot be taken from it
 
 
 def write_part(
