@@ -6,7 +6,7 @@
 For every precision and budget, in a control group of its own and from an empty page cache: convert (into a store that
 is removed afterwards), load, then the longest prompt that the context allows, many sequences, and some long prompts at
 once. Every phase tells how often the limit was hit and the most memory that belongs to the process itself, sampled:
-what the page cache takes can be taken from it. Ends with status 1 where a limit was hit. Needs root, for control groups.
+what the page cache takes can be taken from it. Ends with status 1 where a limit was hit. Needs root: control groups.
 """
 
 from __future__ import annotations
