@@ -115,6 +115,9 @@ class _WatchedExecutor:
     def open_epoch(self) -> None:
         self._executor.open_epoch()
 
+    def close(self) -> None:
+        self._executor.close()
+
 
 def new_stage_server(
     number: int, new_loader: NewLoader = torch_loader, credentials: Credentials | None = None
