@@ -270,6 +270,7 @@ async def test_files_travel_over_a_socket_in_ranges(tmp_path: Path) -> None:
         counted: list[int] = []
         assert await asyncio.to_thread(neighbours.copy, wanted(tmp_path / "copy", *names), counted.append)
         neighbours.close()
+        assert not await asyncio.to_thread(neighbours.copy, wanted(tmp_path / "later", *names))
     assert (tmp_path / "copy" / "block").read_bytes() == data
     assert sum(counted) == len(data) + 2
 
