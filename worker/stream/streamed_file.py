@@ -30,6 +30,7 @@ class StreamedFile:
         self._is_direct, self._read_at = is_direct, read_at
         self._lock = threading.Lock()
         self._descriptor = -1
+        self._identity = (0, 0)
         self._is_suspect = True  # not opened yet, or the last read failed: the file may have been replaced
         self.has_failed = False  # a read did, or brought what was not written, since the file was made again
 
@@ -62,12 +63,19 @@ class StreamedFile:
 
     def _open(self) -> int:
         with self._lock:
-            if self._is_suspect:
+            if self._is_suspect or self._is_replaced():
                 opened = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._is_direct else 0))
                 hold_shared(opened)
                 self._descriptor = _replace(self._descriptor, opened)
-                self._is_suspect = False
+                self._identity, self._is_suspect = _identity(os.fstat(self._descriptor)), False
             return self._descriptor
+
+    def _is_replaced(self) -> bool:
+        """Tell whether the path has another file now. One that has none leaves what is open as it was."""
+        try:
+            return _identity(os.stat(self.path)) != self._identity
+        except OSError:
+            return False
 
     def _fill(self, descriptor: int, memory: memoryview, offset: int) -> None:
         num_read = 0
@@ -79,6 +87,10 @@ class StreamedFile:
                 raise StorageError(self.damage(f"it ends after {offset + num_read:,} bytes, so it was cut short"))
         if not self._is_direct:
             os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def _replace(descriptor: int, opened: int) -> int:
