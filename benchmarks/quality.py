@@ -5,8 +5,8 @@
 
 The text is cut into windows of equal length, each scored by itself: every token but a window's first counts. Ours is
 one stage in this process; transformers and bitsandbytes run in an environment of their own, installed on first use
-(--cache). bitsandbytes leaves the head as it is, ours stores it like every other layer: "nf4-head" is bitsandbytes with
-the head in NF4, too. (bloom-tiny was trained on the State of the Union.)
+(--cache). bitsandbytes leaves the head as it is, ours keeps it in 8 bits beside int8 and NF4; "nf4-head" is
+bitsandbytes with the head in NF4, too. (bloom-tiny was trained on the State of the Union.)
 """
 
 from __future__ import annotations
