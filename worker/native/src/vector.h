@@ -5,6 +5,8 @@
 
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -23,14 +25,16 @@ inline Floats load(const float* from) {
 
 inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-// Loads the first `count` lanes; the others are 0.
+// Loads the first `count` lanes, or all if that is more; the others are 0.
 inline Floats load_some(const float* from, long count) {
+  if (count >= LANES) return load(from);
   Floats out = {};
   std::memcpy(&out, from, static_cast<unsigned long>(count) * sizeof(float));
   return out;
 }
 
 inline void store_some(float* to, Floats value, long count) {
+  if (count >= LANES) return store(to, value);
   std::memcpy(to, &value, static_cast<unsigned long>(count) * sizeof(float));
 }
 
@@ -42,6 +46,23 @@ inline Floats magnitude(Floats value) { return floats_of(bits_of(value) & 0x7fff
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats to_floats(Ints value) { return __builtin_convertvector(value, Floats); }
 inline Ints cut_off(Floats value) { return __builtin_convertvector(value, Ints); }
+
+// a * b + c, rounded once.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                  reinterpret_cast<__m512>(c)));
+#else
+  Floats out;
+  for (long i = 0; i < LANES; i += 8) {
+    const __m256 sum = _mm256_fmadd_ps(_mm256_loadu_ps(reinterpret_cast<const float*>(&a) + i),
+                                       _mm256_loadu_ps(reinterpret_cast<const float*>(&b) + i),
+                                       _mm256_loadu_ps(reinterpret_cast<const float*>(&c) + i));
+    _mm256_storeu_ps(reinterpret_cast<float*>(&out) + i, sum);
+  }
+  return out;
+#endif
+}
 
 // Adds all lanes: halves onto each other.
 inline float sum(Floats value) {
