@@ -1,7 +1,7 @@
 """RMS norms in one operation.
 
 transformers writes an RMS norm as seven operations, whose calls take longer than their arithmetic at few rows. torch's
-own takes the same steps with the same bits.
+own takes the same steps with the same bits; the compiled kernel sums in another order, and takes a tenth of the time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
+
+from worker.native.rows import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -21,7 +23,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., size]` to the same shape."""
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        out = rms_norm(x, self.weight, self.epsilon)
+        return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon) if out is None else out
 
 
 def replace_rms_norms(module: nn.Module) -> None:

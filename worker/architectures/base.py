@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigurationError
 from cluster.span import Span
 from worker.blocks import LinearUse, StepContext, build_on_meta
+from worker.gated import replace_gated_mlps
 from worker.rms_norm import replace_rms_norms
 from worker.store.key import EMBEDDING, HEAD, block_part, part_block
 
@@ -145,6 +146,7 @@ class Architecture:
             built: nn.Module = self.block_class(self.config, block)
             self.adapt_block(built)
             replace_rms_norms(built)
+            replace_gated_mlps(built)
             return built
 
         return build_on_meta(build)

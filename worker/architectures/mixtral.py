@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralRMSNorm, MixtralRotaryEmbedding
 
 from worker.architectures.base import Architecture
+from worker.rotary_attention import RotaryAttention
+from worker.gated import multiply_gated
 
 
 class Expert(nn.Module):
@@ -65,7 +67,7 @@ class SparseExperts(nn.Module):
         return results
 
     def _compute(self, expert: Any, rows: Tensor) -> Tensor:
-        out: Tensor = expert.w2(self.act_fn(expert.w1(rows)) * expert.w3(rows))
+        out: Tensor = expert.w2(multiply_gated(self.act_fn, expert.w1(rows), expert.w3(rows)))
         return out
 
 
@@ -85,6 +87,7 @@ class Mixtral(Architecture):
         self.num_chosen_experts = config.num_experts_per_tok
 
     def adapt_block(self, block: Any) -> None:
+        block.self_attn = RotaryAttention(block.self_attn, self.config.sliding_window)
         block.mlp = SparseExperts(self.config)
 
     def checkpoint_keys(self, key: str) -> tuple[str, ...]:

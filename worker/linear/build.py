@@ -13,6 +13,7 @@ from cluster.model_spec import Precision
 from worker.linear.base import Linear, LinearNumerics, Scratch
 from worker.linear.floating import build_floating
 from worker.linear.int8 import Int8Group
+from worker.linear.int8_compiled import CompiledInt8Group, is_compiled
 from worker.linear.nf4 import build_nf4
 from worker.linear.shared_input import SharedInput, SharingLinear
 from worker.stored_weight import StoredWeight
@@ -42,7 +43,8 @@ def build_linears(
 
 
 def _build_int8(group: list[tuple[StoredWeight, Tensor | None]], numerics: LinearNumerics) -> list[nn.Module]:
-    computed = Int8Group([weight for weight, _ in group], [bias for _, bias in group], numerics)
+    build = CompiledInt8Group if is_compiled(group[0][0], numerics) else Int8Group
+    computed = build([weight for weight, _ in group], [bias for _, bias in group], numerics)
     shared = SharedInput(computed.multiply)
     return [SharingLinear(shared, index) for index in range(len(group))]
 

@@ -125,7 +125,7 @@ class Int8Group:
         self, weights: Sequence[StoredWeight], biases: Sequence[Tensor | None], numerics: LinearNumerics
     ) -> None:
         self._sizes = [weight.shape[0] for weight in weights]
-        self._bias = _join(biases, self._sizes)
+        self._bias = join_biases(biases, self._sizes)
         self._compute = numerics.compute
         self.products = choose_products(weights, numerics.device)
         can_divide = bool(self.products.scale.min() > TINY)
@@ -155,7 +155,7 @@ class Int8Group:
         out.index_add_(0, outliers.rows, high.mul_(256).add_(low).mul_(outliers.scale))
 
 
-def _join(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+def join_biases(biases: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
     """Return one bias for all layers, zeros where a layer has none."""
     if all(bias is None for bias in biases):
         return None
