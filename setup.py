@@ -4,13 +4,14 @@ They are shared libraries for ctypes rather than Python modules. Without a compi
 the instruction sets, they are left out and torch's operators take their place.
 """
 
+import hashlib
 import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCE = Path("worker/native/src")
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-ffp-contract=off", "-fno-exceptions", "-fno-rtti", "-Wall", "-Wno-psabi"]
+SOURCES = Path("worker/native/src")
+FLAGS = "-std=c++17 -O3 -fno-math-errno -ffp-contract=off -fno-exceptions -fno-rtti -Wall -Wno-psabi".split()
 BUILDS = {
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
@@ -22,11 +23,13 @@ def kernels() -> list[Extension]:
     """Return one library per instruction set."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return []
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.iterdir()))).hexdigest()
     return [
         Extension(
             f"worker.native._{name}",
-            sources=sorted(map(str, SOURCE.glob("*.cpp"))),
-            depends=sorted(map(str, SOURCE.glob("*.h"))),
+            sources=sorted(map(str, SOURCES.glob("*.cpp"))),
+            depends=sorted(map(str, SOURCES.glob("*.h"))),
+            define_macros=[("SPANWISE_SOURCES", f'"{digest}"')],
             extra_compile_args=FLAGS + flags,
             language="c++",
             optional=True,
