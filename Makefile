@@ -2,7 +2,7 @@
 # `make PYTHON=/path/to/python3.12 …` chooses the interpreter.
 
 BIN := .venv/bin
-SOURCES := cluster coordinator worker tests benchmarks scripts
+SOURCES := cluster coordinator worker tests benchmarks scripts setup.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types format proto clean
@@ -10,7 +10,7 @@ SOURCES := cluster coordinator worker tests benchmarks scripts
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv/installed: pyproject.toml constraints.txt scripts/install.sh
+.venv/installed: pyproject.toml setup.py constraints.txt scripts/install.sh $(wildcard worker/native/src/*)
 	@scripts/install.sh .venv --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

@@ -11,7 +11,17 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = Path("worker/native/src")
-FLAGS = "-std=c++17 -O3 -fno-math-errno -ffp-contract=off -fno-exceptions -fno-rtti -Wall -Wno-psabi".split()
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-Wall",
+    "-Wno-psabi",
+]
 BUILDS = {
     "avx512": ["-march=x86-64-v4", "-mavx512vnni", "-mprefer-vector-width=512"],
     "avx2": ["-march=x86-64-v3"],
@@ -38,4 +48,4 @@ def kernels() -> list[Extension]:
     ]
 
 
-setup(ext_modules=kernels())
+setup(ext_modules=kernels(), options={"build_ext": {"parallel": True}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -104,15 +105,16 @@ def test_schemas_never_hold_python() -> None:
 
 
 @pytest.mark.slow
-def test_wheel_carries_model_stubs_and_licence(tmp_path: Path) -> None:
+def test_wheel_carries_model_stubs_and_licence_and_is_made_without_a_compiler(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     build = [sys.executable, "-c", "from setuptools import build_meta as b; b.build_wheel('..')"]
-    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    no_compiler = os.environ | {"CC": "/nonexistent", "CXX": "/nonexistent"}
+    subprocess.run(build, cwd=source, env=no_compiler, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = {name.replace(".dist-info", "") for name in zipfile.ZipFile(wheel).namelist()}
     expected = {str(path.relative_to(source)) for name in PACKAGES for path in (source / name).rglob("*.py")}
@@ -120,3 +122,4 @@ def test_wheel_carries_model_stubs_and_licence(tmp_path: Path) -> None:
     assert {"cluster/models/bloom-tiny/README.md", "cluster/models/bloom-tiny/model.safetensors"} <= model
     assert expected | model | {"cluster/py.typed", "cluster/rpc/v1/stage_pb2.pyi"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert [name for name in names if name.startswith("worker/native/src")] == []
