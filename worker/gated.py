@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
 from worker.native.rows import silu_multiply
 
@@ -51,7 +52,7 @@ def multiply_gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
 
 def is_silu(activation: Any) -> bool:
     """Tell whether the function is SiLU, perhaps within another module that makes torch's version of it exact."""
-    return isinstance(getattr(activation, "inner", activation), nn.SiLU)
+    return isinstance(getattr(activation, "inner", activation), nn.SiLU | SiLUActivation)
 
 
 def replace_gated_mlps(module: nn.Module) -> None:

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers.activations import ACT2FN
 
+from worker.blocks import ExactActivation
 from worker.gated import GatedMlp, is_silu, multiply_gated, replace_gated_mlps
 from worker.native import rows
 from worker.native.library import library
@@ -84,4 +86,10 @@ def test_a_replaced_perceptron_computes_the_same(
     replace_gated_mlps(module)
     assert isinstance(module["mlp"], GatedMlp)
     torch.testing.assert_close(module["mlp"](x), expected)
-    assert is_silu(activation) is isinstance(activation, nn.SiLU)
+
+
+def test_llamas_activation_is_known_alone_and_made_exact() -> None:
+    activation = ACT2FN["silu"]
+    assert is_silu(activation)
+    assert is_silu(ExactActivation(activation))
+    assert not is_silu(ACT2FN["gelu"])
