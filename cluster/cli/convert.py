@@ -15,7 +15,7 @@ import typer
 from cluster.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from cluster.load_order import LoadProgress
+    from cluster.load_order import LoadProgress, StoreOptions
     from cluster.model_spec import ModelSpec
     from cluster.span import Span
 
@@ -23,44 +23,58 @@ PRECISIONS = ("int8", "nf4", "bf16", "fp16", "fp32")
 _STEP = 0.1  # of a phase, between two lines where there is no terminal
 
 
+def _known(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise typer.BadParameter(f"must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+    return precision
+
+
+Model = Annotated[str, typer.Argument(help="A name of `cluster models`, a hub id or a folder.")]
+PrecisionName = Annotated[
+    str,
+    typer.Option(
+        callback=_known,
+        help="int8: half the bytes of 16 bits, hardly any loss. nf4: a quarter, a little loss. bf16, fp16, fp32: "
+        "for models that are streamed from disk as they are.",
+    ),
+]
+Blocks = Annotated[str, typer.Option(metavar="A:B", help="Only blocks A to B-1, as one machine of several needs them.")]
+Output = Annotated[
+    Path | None, typer.Option(help="A new folder that `cluster serve` takes by itself. Without it: the block store.")
+]
+StoreDir = Annotated[
+    str, typer.Option(envvar="SPANWISE_STORE_DIR", help="The block store's folder.", show_default=False)
+]
+DownloadDir = Annotated[
+    str,
+    typer.Option(
+        envvar="SPANWISE_DOWNLOAD_DIR",
+        help="Where downloaded files are kept. Without it: the hub's cache.",
+        show_default=False,
+    ),
+]
+DiscardSource = Annotated[
+    bool,
+    typer.Option(
+        "--discard-source", help="Delete each downloaded file once it is converted. Files of your own folders stay."
+    ),
+]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.")]
+Jobs = Annotated[
+    int, typer.Option(min=1, help="Parts made at once: with 2, one is converted while the next is downloaded.")
+]
+
+
 def convert(
-    model: Annotated[str, typer.Argument(help="A name of `cluster models`, a hub id or a folder.")],
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="int8: half the bytes of 16 bits, hardly any loss. nf4: a quarter, a little loss. bf16, fp16, fp32: "
-            "for models that are streamed from disk as they are."
-        ),
-    ],
-    blocks: Annotated[
-        str, typer.Option(metavar="A:B", help="Only blocks A to B-1, as one machine of several needs them.")
-    ] = "",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="A new folder that `cluster serve` takes by itself. Without it: the block store."),
-    ] = None,
-    store_dir: Annotated[
-        str, typer.Option(envvar="SPANWISE_STORE_DIR", help="The block store's folder.", show_default=False)
-    ] = "",
-    download_dir: Annotated[
-        str,
-        typer.Option(
-            envvar="SPANWISE_DOWNLOAD_DIR",
-            help="Where downloaded files are kept. Without it: the hub's cache.",
-            show_default=False,
-        ),
-    ] = "",
-    discard_source: Annotated[
-        bool,
-        typer.Option(
-            "--discard-source",
-            help="Delete each downloaded file once it is converted. Files of your own folders stay.",
-        ),
-    ] = False,
-    revision: Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.")] = "main",
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Parts made at once: with 2, one is converted while the next is downloaded.")
-    ] = 1,
+    model: Model,
+    precision: PrecisionName,
+    blocks: Blocks = "",
+    output: Output = None,
+    store_dir: StoreDir = "",
+    download_dir: DownloadDir = "",
+    discard_source: DiscardSource = False,
+    revision: Revision = "main",
+    jobs: Jobs = 1,
 ) -> None:
     """Convert a model to 8 or 4 bits (or another precision) once, so that serving it starts at once.
 
@@ -73,26 +87,31 @@ def convert(
     - `cluster convert bigscience/bloom --precision nf4 --blocks 0:35 --discard-source`
     - `cluster convert ./my-model --precision int8 --output ./my-model-int8`, then `cluster serve ./my-model-int8`
     """
-    if precision not in PRECISIONS:
-        raise typer.BadParameter(f"must be one of {', '.join(PRECISIONS)}, not {precision!r}", param_hint="--precision")
-    from cluster.hub.resolve import find_token, resolve
     from cluster.load_order import StoreOptions
+
+    options = StoreOptions(store_dir and str(Path(store_dir).expanduser()), download_dir, discard_source)
+    typer.echo(_make(model, revision, precision, blocks, options, output, jobs))
+    typer.echo("serve it with: " + _serve_command(model, precision, revision, store_dir, output))
+
+
+def _make(
+    model: str, revision: str, precision: str, blocks: str, options: StoreOptions, output: Path | None, num_at_once: int
+) -> str:
+    """Convert, and say what there is now."""
+    from cluster.hub.resolve import find_token, resolve
     from cluster.model_spec import Precision
-    from worker.conversion import Conversion
-    from worker.conversion import convert as convert_model
+    from worker import conversion
     from worker.store.key import all_parts
 
     token = find_token()
     spec = resolve(model, revision, token)
-    options = StoreOptions(store_dir and str(Path(store_dir).expanduser()), download_dir, discard_source)
-    span = _parse_blocks(blocks, spec)
-    target = output.expanduser() if output else None
+    span, target = _parse_blocks(blocks, spec), output.expanduser() if output else None
+    asked = conversion.Conversion(spec, Precision(precision), span, options, target, token or "")
     with _shown() as show:
-        store = convert_model(Conversion(spec, Precision(precision), span, options, target, token or ""), jobs, show)
+        store = conversion.convert(asked, num_at_once, show)
     wanted = all_parts(spec.num_blocks)
     num_made = sum(store.has(part) for part in wanted)
-    typer.echo(f"{num_made} of {len(wanted)} parts of {spec.name} in {precision}: {store.folder}")
-    typer.echo("serve it with: " + _serve_command(model, precision, revision, store_dir, output))
+    return f"{num_made} of {len(wanted)} parts of {spec.name} in {precision}: {store.folder}"
 
 
 def _parse_blocks(text: str, spec: ModelSpec) -> Span:
