@@ -16,13 +16,13 @@ Covers assembling the parts and their lifetime; every setting is `cluster.config
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 from cluster.client import BlockingGeneration, ChatMessage, Client, ClusterStatus, Completion, GenerateOptions, Prompt
+from cluster.client.loop_thread import LoopThread
 from cluster.clock import SystemClock
 from cluster.config import ServeConfig, parse_node_sizes
 from cluster.errors import StageUnavailableError
@@ -34,7 +34,6 @@ from coordinator.order import CoordinatorOrder
 from worker.build import build_server
 from worker.order import WorkerOrder
 
-Result = TypeVar("Result")
 StatusListener = Callable[[ClusterStatus], None]
 
 LOOPBACK = "127.0.0.1"
@@ -147,25 +146,15 @@ class _Runtime:
     """The event loop's thread, and the worker and coordinator that live on it."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="spanwise-local", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("spanwise-local")
+        self.run = self._loop.run
         self._stop = asyncio.Event()
         self._coordinator: Coordinator | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run on the loop and wait; whatever interrupts the wait cancels the work."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
     async def serve(self, config: ServeConfig) -> str:
         """Start worker and coordinator; return the address for clients. Raises SpanwiseError."""
-        address: asyncio.Future[str] = self._loop.create_future()
+        address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def live() -> None:
             try:
@@ -194,11 +183,9 @@ class _Runtime:
 
     def close(self) -> None:
         """Stop worker and coordinator, and end the thread. Idempotent."""
-        if self._loop.is_closed():
+        if self._loop.is_closed:
             return
         self.run(self._end())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
         self._loop.close()
 
     async def _end(self) -> None:

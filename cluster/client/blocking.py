@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from cluster.client.aio import DEFAULT_SILENCE_TIMEOUT, AsyncClient
 from cluster.client.generation import Generation
+from cluster.client.loop_thread import LoopThread
 from cluster.client.options import GenerateOptions, Prompt
 from cluster.client.retry import RetryPolicy
 from cluster.client.values import ChatMessage, ClusterStatus, Completion, Model, Piece, Summary
@@ -33,9 +32,7 @@ class Client:
         retry: RetryPolicy | None = None,
     ) -> None:
         self.address = address
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="spanwise-client", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("spanwise-client")
         self._client = self._run(_make(address, silence_timeout, retry))
 
     def __enter__(self) -> Client:
@@ -48,12 +45,9 @@ class Client:
 
     def close(self) -> None:
         """Close the connection and end the thread. Idempotent."""
-        if self._loop.is_closed():
+        if self._loop.is_closed:
             return
         self._run(self._client.close())
-        self._run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
         self._loop.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> BlockingGeneration:
@@ -95,16 +89,10 @@ class Client:
         self._run(self._client.abort(request_id))
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """Run on the client's thread and wait; whatever interrupts the wait cancels the work."""
-        if self._loop.is_closed():
+        if self._loop.is_closed:
             coroutine.close()
             raise RuntimeError("this client is closed; make a new one")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
+        return self._loop.run(coroutine)
 
 
 class BlockingGeneration(Iterator[Piece]):
