@@ -1,9 +1,9 @@
 """Attention of a step's packed tokens over the paged cache.
 
-Covers causal attention with grouped heads, sliding windows and ALiBi; keys and values are read in place. Rotary
-embeddings and projections belong to the block definitions.
+Covers causal attention with grouped heads, sliding windows, rotary embeddings and ALiBi; keys and values are read in
+place. Projections belong to the block definitions.
 
-Three ways to the same numbers. Single tokens of several sequences go together, see `worker.decode_attention`. torch's
+Three ways to the same numbers. Single tokens go to a kernel or several together, see `worker.decode_attention`. torch's
 fused attention takes one contiguous run of slots. The paged way takes any runs, and gives a token the same bits
 whatever is computed with it and however its sequence was cut: a greatest score does not depend on order, and everything
 that does is summed per TILE of positions, tile after tile in the order of positions. A tile that a token cannot see
@@ -24,6 +24,7 @@ from torch.nn import functional
 from cluster.errors import ConfigurationError
 from worker.decode_attention import DecodePlan, DecodePlans, attend_group
 from worker.kv_cache import TILE, AttentionLayout, KVCache, SliceLayout, SlotRun
+from worker.native.attention import Rotary, attend_tokens, is_compiled, store_tokens
 
 MAX_SCORES = 1 << 20  # per tile of queries: bounds the memory of scores and masks
 UPCAST_SLOTS = 512  # keys upcast at a time
@@ -70,6 +71,7 @@ def attend(
     layout: AttentionLayout,
     *,
     scale: float,
+    rotary: Rotary | None = None,
     window: int | None = None,
     alibi_slopes: Tensor | None = None,
     is_exact: bool = False,
@@ -77,26 +79,57 @@ def attend(
 ) -> Tensor:
     """Store a step's keys and values, then attend; return `[num_tokens, num_heads, head_dim]`.
 
-    `query` is `[num_heads, num_tokens, head_dim]`, `key` and `value` `[num_kv_heads, num_tokens, head_dim]`; `block`
-    counts from the span's start. A token at position p sees positions `(p - window, p]`. ALiBi adds
-    `slope * (key position - p)` to a head's scores. With `is_exact` a token's bits depend on its own sequence alone.
-    The blocks of a step share `plans`.
+    `query` is `[num_tokens, num_heads, head_dim]`, `key` and `value` `[num_tokens, num_kv_heads, head_dim]`; `block`
+    counts from the span's start. With `rotary` queries and keys are rotated first. A token at position p sees positions
+    `(p - window, p]`. ALiBi adds `slope * (key position - p)` to a head's scores. With `is_exact` a token's bits depend
+    on its own sequence alone. The blocks of a step share `plans`.
     """
-    cache.write(block, layout, key, value)
-    out = query.new_empty(query.shape[1], query.shape[0], query.shape[2])
-    rules = _Rules(scale, window, alibi_slopes, is_exact)
-    plan = DecodePlan((), layout.slices) if is_exact else (plans or DecodePlans()).plan(layout, cache, block, window)
+    query = _store(query, key, value, rotary, cache, block, layout)
+    keys, values = cache.keys[block], cache.values[block]
+    plan = DecodePlan(others=layout.slices) if is_exact else (plans or DecodePlans()).plan(layout, query, keys, window)
+    out = query.new_empty(query.shape)
+    if plan.tokens is not None:
+        attend_tokens(out, query, keys, values, plan.tokens, scale, alibi_slopes)
     for group in plan.groups:
-        part = attend_group(query, cache, block, group, scale=scale, alibi_slopes=alibi_slopes)
+        part = attend_group(query, keys, values, group, scale=scale, alibi_slopes=alibi_slopes)
         out.index_copy_(0, group.rows, part)
+    rules = _Rules(scale, window, alibi_slopes, is_exact)
     for slice_ in plan.others:
         _attend_slice(out, query, cache, block, slice_, rules)
     return out
 
 
+def _store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: Rotary | None,
+    cache: KVCache,
+    block: int,
+    layout: AttentionLayout,
+) -> Tensor:
+    """Write keys and values to the cache; return the queries. With `rotary` queries and keys are rotated."""
+    cache.clear_tails(block, layout)
+    if is_compiled(query, cache.keys[block]):
+        return store_tokens(query, key, value, rotary, layout.slots, cache.keys[block], cache.values[block])
+    if rotary:
+        query, key = rotate(query, rotary), rotate(key, rotary)
+    cache.write(block, layout, key, value)
+    return query
+
+
+def rotate(rows: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate the first elements of heads `[num_tokens, num_heads, head_dim]`, by halves as transformers does."""
+    cos, sin = (table[0].unsqueeze(1) for table in rotary)
+    turning, rest = rows[..., : cos.shape[2]], rows[..., cos.shape[2] :]
+    first, second = turning.chunk(2, dim=2)
+    turned = turning * cos + torch.cat((-second, first), dim=2) * sin
+    return torch.cat((turned, rest), dim=2) if rest.shape[2] else turned
+
+
 def _attend_slice(out: Tensor, query: Tensor, cache: KVCache, block: int, slice_: SliceLayout, rules: _Rules) -> None:
     """Fill the slice's rows of `out`."""
-    num_heads, num_kv_heads = query.shape[0], cache.keys[block].shape[0]
+    num_heads, num_kv_heads = query.shape[1], cache.keys[block].shape[0]
     first = rules.first_visible(slice_.start_position)
     is_one_run = len(tuple(slice_.runs_between(first, slice_.context_length))) == 1
     is_paged = rules.is_exact or not is_one_run or cache.dtype != query.dtype
@@ -104,7 +137,7 @@ def _attend_slice(out: Tensor, query: Tensor, cache: KVCache, block: int, slice_
     for queries in _query_tiles(slice_, num_masks):
         start = slice_.start_row + queries.start - slice_.start_position
         rows = slice(start, start + len(queries))
-        grouped = query[:, rows].view(num_kv_heads, -1, len(queries), query.shape[2])
+        grouped = query[rows].view(len(queries), num_kv_heads, -1, query.shape[2]).permute(1, 2, 0, 3)
         part = (_paged if is_paged else _fused)(grouped, cache, block, slice_, queries, rules)
         out[rows] = part.reshape(num_heads, len(queries), -1).transpose(0, 1)
 

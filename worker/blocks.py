@@ -50,21 +50,22 @@ class StepContext:
         window: int | None = None,
         alibi_slopes: Tensor | None = None,
     ) -> Tensor:
-        """Attend with `[1, heads, num_tokens, head_dim]`; return `[1, num_tokens, num_heads, head_dim]`."""
-        out = attend(
-            query[0],
-            key[0],
-            value[0],
+        """Attend with `[num_tokens, heads, head_dim]`, rotated here if the model has rotary embeddings; return
+        `[num_tokens, num_heads, head_dim]`."""
+        return attend(
+            query,
+            key,
+            value,
             self.cache,
             block - self.first_block,
             self.layout,
             scale=scale,
+            rotary=self.position_embeddings,
             window=window,
             alibi_slopes=alibi_slopes,
             is_exact=self.is_exact,
             plans=self.plans,
         )
-        return out.unsqueeze(0)
 
 
 def paged_attention(
@@ -76,11 +77,12 @@ def paged_attention(
     *,
     scaling: float,
     step: StepContext,
-    sliding_window: int | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """The attention that transformers' blocks call, by the signature of its AttentionInterface."""
-    return step.attend(module.layer_idx, query, key, value, scale=scaling, window=sliding_window), None
+    """The attention that transformers' blocks call, by the signature of its AttentionInterface: those of models without
+    rotary embeddings, see `worker.rotary_attention` for the others."""
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return step.attend(module.layer_idx, query, key, value, scale=scaling).unsqueeze(0), None
 
 
 def register_attention() -> None:

@@ -1,7 +1,8 @@
-"""Attention of a step's single tokens, those of many sequences in one product.
+"""Attention of a step's single tokens, those of many sequences at once.
 
-Covers which sequences go together and the arithmetic; `worker.attention` takes everything else: longer slices, exact
-results, and contexts so long that a call per sequence costs nothing beside reading them.
+Covers which sequences go together and the arithmetic; `worker.attention` takes everything else: longer slices and exact
+results. A compiled kernel takes all single tokens where there is one (`worker.native.attention`). torch's products take
+them in groups, but for contexts so long that a call per sequence costs nothing beside reading them.
 
 A group's keys are gathered into one tensor, as many positions per sequence as its longest one has. Sequences are
 grouped by length, so that little is gathered in vain; what a shorter one lacks is a repetition of its own first slots,
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from worker.kv_cache import AttentionLayout, KVCache, SliceLayout
+from worker.kv_cache import AttentionLayout, SliceLayout
+from worker.native.attention import TokenPlan, is_compiled, plan_tokens
 
 UNIT = 32  # slots gathered at a time: a whole tile would be more in vain
 MAX_GROUP_BYTES = 8 << 20  # of one group's keys and values
@@ -41,10 +43,11 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """How a step is divided between this module and the attention of single slices."""
+    """How a step is divided between the kernel, this module's products and the attention of single slices."""
 
-    groups: tuple[DecodeGroup, ...]
-    others: tuple[SliceLayout, ...]
+    tokens: TokenPlan | None = None
+    groups: tuple[DecodeGroup, ...] = ()
+    others: tuple[SliceLayout, ...] = ()
 
 
 class DecodePlans:
@@ -53,15 +56,22 @@ class DecodePlans:
     def __init__(self) -> None:
         self._plans: dict[tuple[torch.Size, int | None], DecodePlan] = {}
 
-    def plan(self, layout: AttentionLayout, cache: KVCache, block: int, window: int | None) -> DecodePlan:
-        """Group the single tokens among a step's slices."""
-        key = (cache.keys[block].shape, window)
+    def plan(self, layout: AttentionLayout, query: Tensor, keys: Tensor, window: int | None) -> DecodePlan:
+        """Divide a step's slices, for a block with these queries and this cache of keys."""
+        key = (keys.shape, window)
         if key not in self._plans:
-            self._plans[key] = _plan(layout.slices, cache.keys[block], window)
+            plan = _plan_compiled if is_compiled(query, keys) else _plan_groups
+            self._plans[key] = plan(layout.slices, keys, window)
         return self._plans[key]
 
 
-def _plan(slices: Sequence[SliceLayout], keys: Tensor, window: int | None) -> DecodePlan:
+def _plan_compiled(slices: Sequence[SliceLayout], _: Tensor, window: int | None) -> DecodePlan:
+    singles = [slice_ for slice_ in slices if slice_.num_tokens == 1]
+    others = tuple(slice_ for slice_ in slices if slice_.num_tokens > 1)
+    return DecodePlan(tokens=plan_tokens(singles, window) if singles else None, others=others)
+
+
+def _plan_groups(slices: Sequence[SliceLayout], keys: Tensor, window: int | None) -> DecodePlan:
     num_kv_heads, _, head_dim = keys.shape
     unit_bytes = 2 * UNIT * num_kv_heads * head_dim * keys.element_size()
     longest = MAX_SEQUENCE_BYTES // unit_bytes
@@ -123,20 +133,15 @@ def _units(slice_: SliceLayout, window: int | None, num_units: int) -> list[int]
 
 
 def attend_group(
-    query: Tensor,
-    cache: KVCache,
-    block: int,
-    group: DecodeGroup,
-    *,
-    scale: float,
-    alibi_slopes: Tensor | None,
+    query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, *, scale: float, alibi_slopes: Tensor | None
 ) -> Tensor:
-    """Return `[size, num_heads, head_dim]` of a group's tokens; `query` `[num_heads, num_tokens, head_dim]` has all."""
-    keys, values = (_gather(stored, group.units, query.dtype) for stored in (cache.keys[block], cache.values[block]))
+    """Return `[size, num_heads, head_dim]` of a group's tokens; `query` `[num_tokens, num_heads, head_dim]` has all,
+    `keys` and `values` are a block's cache."""
     num_kv_heads, head_dim, size = keys.shape[0], query.shape[2], group.size
-    rows = query.index_select(1, group.rows).view(num_kv_heads, -1, size, head_dim).transpose(1, 2)
+    rows = query.index_select(0, group.rows).view(size, num_kv_heads, -1, head_dim).transpose(0, 1)
     rows = rows.reshape(num_kv_heads * size, -1, head_dim)
-    keys, values = (t.view(rows.shape[0], -1, head_dim) for t in (keys, values))
+    gathered = (_gather(stored, group.units, query.dtype) for stored in (keys, values))
+    keys, values = (t.view(rows.shape[0], -1, head_dim) for t in gathered)
     bias = _bias(group, num_kv_heads, alibi_slopes, query.dtype)
     scores = torch.baddbmm(bias, rows, keys.mT, alpha=scale)
     out = torch.bmm(functional.softmax(scores, dim=2), values)

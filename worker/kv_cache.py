@@ -156,12 +156,16 @@ class KVCache:
         tails = tuple(tail for slice_ in slices for tail in _tails(slice_))
         return AttentionLayout(torch.tensor(slots, dtype=torch.int64, device=self.device), slices, tails)
 
+    def clear_tails(self, block: int, layout: AttentionLayout) -> None:
+        """Clear the rests of tiles that a step begins; see AttentionLayout."""
+        for first, stop in layout.tails:
+            self.keys[block][:, first:stop].zero_()
+            self.values[block][:, first:stop].zero_()
+
     def write(self, block: int, layout: AttentionLayout, key: Tensor, value: Tensor) -> None:
-        """Store a step's keys and values, `[num_kv_heads, num_tokens, head_dim]`, in the cache's dtype."""
+        """Store a step's keys and values, `[num_tokens, num_kv_heads, head_dim]`, in the cache's dtype."""
         for stored, new in ((self.keys[block], key), (self.values[block], value)):
-            for first, stop in layout.tails:
-                stored[:, first:stop].zero_()
-            stored.index_copy_(1, layout.slots, new.to(stored.dtype))
+            stored.index_copy_(1, layout.slots, new.transpose(0, 1).to(stored.dtype))
 
     def _allocate(self, shape: tuple[int, int, int]) -> Tensor:
         if self.device.type != "cpu":

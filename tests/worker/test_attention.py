@@ -103,7 +103,7 @@ def run(
     outputs: dict[int, list[Tensor]] = {i: [] for i in sequences}
     for chunks in steps:
         cuts = [sequences[chunk.sequence_id].cut(chunk) for chunk in chunks]
-        query, key, value = (torch.cat(parts, dim=1) for parts in zip(*cuts, strict=True))
+        query, key, value = (torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*cuts, strict=True))
         layout = cache.layout(step(chunks))
         out = attend(
             query, key, value, cache, 0, layout,

@@ -82,7 +82,8 @@ def test_the_rest_of_a_tile_is_cleared_when_the_tile_is_begun(
     assert layout.tails == tails
     for stored in cache.keys + cache.values:
         stored.fill_(7.0)
-    ones = torch.ones(2, length, 4)
+    ones = torch.ones(length, 2, 4)
+    cache.clear_tails(0, layout)
     cache.write(0, layout, ones, 2 * ones)
     for stored, number in ((cache.keys[0], 1.0), (cache.values[0], 2.0)):
         expected = torch.full((2, 8 * PAGE_SIZE, 4), 7.0)
@@ -184,7 +185,7 @@ def test_a_page_given_back_is_a_page_like_any_other() -> None:
     cache.apply(step(pages=[(1, 0, (1, 2))]))
     assert cache.used_bytes == cache.committed_bytes == 2 * cache.size_bytes // 8
     layout = cache.layout(step([(1, 0, 1)]))
-    cache.write(0, layout, torch.full((2, 1, 4), 3.0), torch.full((2, 1, 4), 5.0))
+    cache.write(0, layout, torch.full((1, 2, 4), 3.0), torch.full((1, 2, 4), 5.0))
     assert cache.keys[0][:, layout.slots].tolist() == [[[3.0] * 4]] * 2
 
 

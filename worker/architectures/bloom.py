@@ -25,10 +25,9 @@ class PagedBloomAttention(nn.Module):
 
     def forward(self, hidden: Tensor, residual: Tensor, *, layer_past: StepContext, **_: object) -> tuple[Tensor, None]:
         """Map `[1, num_tokens, hidden_size]`; `layer_past` is the one argument that a BloomBlock hands down."""
-        fused = self.query_key_value(hidden).unflatten(-1, (self.num_heads, 3, -1))
-        query, key, value = fused.permute(3, 0, 2, 1, 4)
+        query, key, value = self.query_key_value(hidden)[0].unflatten(-1, (self.num_heads, 3, -1)).unbind(2)
         out = layer_past.attend(self.block, query, key, value, scale=self.scale, alibi_slopes=self.slopes)
-        return residual + self.dense(out.flatten(2)), None
+        return residual + self.dense(out.flatten(1).unsqueeze(0)), None
 
 
 class NormedEmbedding(nn.Module):

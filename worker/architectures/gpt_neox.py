@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
 
 from worker.architectures.base import Architecture
+from worker.rotary_attention import InterleavedRotaryAttention
 
 
 class GPTNeoX(Architecture):
@@ -18,6 +21,9 @@ class GPTNeoX(Architecture):
     embedding_key = "embed_in.weight"
     norm_key = "final_layer_norm."
     head_keys = ("embed_out.weight", "lm_head.weight")
+
+    def adapt_block(self, block: Any) -> None:
+        block.attention = InterleavedRotaryAttention(block.attention)
 
 
 ARCHITECTURE = GPTNeoX

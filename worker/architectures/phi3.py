@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3RMSNorm, Phi3RotaryEmbedding
 
 from worker.architectures.base import Architecture
+from worker.rotary_attention import JoinedRotaryAttention
 
 
 class Phi3(Architecture):
@@ -15,6 +18,9 @@ class Phi3(Architecture):
     norm_class = Phi3RMSNorm
     rotary_class = Phi3RotaryEmbedding
     use_last = ("o_proj",)
+
+    def adapt_block(self, block: Any) -> None:
+        block.self_attn = JoinedRotaryAttention(block.self_attn, self.config.sliding_window)
 
 
 ARCHITECTURE = Phi3

@@ -1,0 +1,281 @@
+// Attention of a step's single tokens over the paged cache, in place.
+//
+// A token's positions are cut into parts, which are computed on their own and then put together in order: parts are
+// what threads share out, and they depend on nothing but the token, so that its bits do not either.
+
+#include <atomic>
+#include <cmath>
+
+#include "elements.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace spanwise {
+namespace {
+
+constexpr long TILE = 64;        // slots that lie side by side, as in worker/kv_cache.py
+constexpr long PART = 4 * TILE;  // positions, as in worker/native/attention.py
+constexpr long HEADS = 8;        // that are computed at a time
+constexpr long MAX_DIM = 512;    // of a head, as in worker/native/attention.py
+#ifdef __AVX512F__
+constexpr long ROWS = 16, COLUMNS = 4, SHARED = 4;  // what registers hold the sums of: keys, vectors, heads
+#else
+constexpr long ROWS = 4, COLUMNS = 2, SHARED = 2;
+#endif
+
+// One token, as the step's plan describes it.
+struct Token {
+  int64_t row;            // in the step
+  int64_t first_visible;  // position
+  int64_t position;       // its own: the last that it sees
+  int64_t first_tile;     // in the list of tiles: that of `first_visible`
+  int64_t first_part;     // in the list of parts
+  int64_t num_parts;
+};
+
+// Some positions of one token, counted from the start of their first tile.
+struct Stretch {
+  const int64_t* tiles;  // the first slot of each
+  long first, stop;
+  long distance;  // of position 0 from the token's own: 0 or less
+
+  long slot(long position) const { return tiles[position / TILE] + position % TILE; }
+  long tile_stop(long position) const { return std::min(stop, (position / TILE + 1) * TILE); }
+};
+
+struct Call {
+  float* out;          // [num_tokens, num_heads, head_dim]
+  const float* query;  // like `out`, with strides
+  int64_t query_token_stride, query_head_stride;
+  int64_t num_slots;  // of the cache: keys and values are [num_kv_heads, num_slots, head_dim]
+  const Token* tokens;
+  const int64_t* parts;  // the token of each
+  const int64_t* tiles;
+  float* partials;  // [num_parts, num_heads, head_dim], then [num_parts, num_heads, 2]: greatest score, sum
+  int64_t num_parts, num_heads, num_kv_heads, head_dim;
+  float scale;
+  const float* slopes;  // [num_heads], or null
+
+  float* ends() const { return partials + num_parts * num_heads * head_dim; }
+};
+
+// Loads from a row of `head_dim` elements; what is behind its end is 0.
+template <class Element>
+Floats load_columns(const Element* row, long column, long head_dim) {
+  const long count = head_dim - column;
+  return count >= LANES ? load_wide(row + column) : load_wide_some(row + column, count);
+}
+
+// Returns what `sum` returns of each of sixteen vectors.
+Floats sums_of(const Floats (&parts)[LANES]) {
+  Floats eight[8], four[4], two[2];
+  for (long i = 0; i < 8; ++i) {
+    const Floats a = parts[2 * i], b = parts[2 * i + 1];
+    eight[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (long i = 0; i < 4; ++i) {
+    const Floats a = eight[2 * i], b = eight[2 * i + 1];
+    four[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  }
+  for (long i = 0; i < 2; ++i) {
+    const Floats a = four[2 * i], b = four[2 * i + 1];
+    two[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+             __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+  }
+  return __builtin_shufflevector(two[0], two[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(two[0], two[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Returns the products of `query` (padded with 0) and of sixteen keys, the last of which may be one again and again.
+template <class Element>
+Floats products(const float* query, const Element* (&keys)[LANES], long head_dim) {
+  Floats sums[LANES];
+  for (long row = 0; row < LANES; row += ROWS) {
+    Floats own[ROWS] = {};
+    long column = 0;
+    for (; column + LANES <= head_dim; column += LANES)
+      for (long i = 0; i < ROWS; ++i)
+        own[i] = multiply_add(load(query + column), load_wide(keys[row + i] + column), own[i]);
+    for (long i = 0; column < head_dim && i < ROWS; ++i)
+      own[i] = multiply_add(load(query + column), load_columns(keys[row + i], column, head_dim), own[i]);
+    for (long i = 0; i < ROWS; ++i) sums[row + i] = own[i];
+  }
+  return sums_of(sums);
+}
+
+typedef float Scores[PART + LANES];  // of one head, from the stretch's first position, and then a vector of -infinity
+
+// Fills the scores of `num_heads` heads; `queries` are scaled. A vector that goes too far is overwritten by the next.
+template <class Element>
+void score(const Call& call, const Stretch& stretch, const Element* keys, const float (*queries)[MAX_DIM],
+           const float* slopes, long num_heads, Scores* scores) {
+  Ints lanes;
+  for (long i = 0; i < LANES; ++i) lanes[i] = static_cast<int32_t>(i);
+  long count;
+  for (long position = stretch.first; position < stretch.stop; position += count) {
+    count = std::min(LANES, stretch.tile_stop(position) - position);
+    const Element* rows[LANES];
+    for (long i = 0; i < LANES; ++i)
+      rows[i] = keys + (stretch.slot(position) + std::min(i, count - 1)) * call.head_dim;
+    const Floats distance = to_floats(lanes + static_cast<int32_t>(stretch.distance + position));
+    for (long head = 0; head < num_heads; ++head) {
+      const Floats product = products(queries[head], rows, call.head_dim);
+      store(scores[head] + position - stretch.first, slopes ? product + slopes[head] * distance : product);
+    }
+  }
+  for (long head = 0; head < num_heads; ++head)
+    store(scores[head] + stretch.stop - stretch.first, broadcast(-INFINITY));
+}
+
+// Replaces scores by their exponentials; returns the greatest score and the sum.
+void exponentiate(float* scores, long count, float* greatest, float* total) {
+  Floats greatest_lanes = broadcast(-INFINITY), sums = {};
+  for (long i = 0; i < count; i += LANES) greatest_lanes = larger(load(scores + i), greatest_lanes);
+  *greatest = largest(greatest_lanes);
+  for (long i = 0; i < count; i += LANES) {
+    const Floats weights = exponential(load(scores + i) - *greatest);
+    store(scores + i, weights);
+    sums += weights;
+  }
+  *total = sum(sums);
+}
+
+// Writes the weighted sums of `NUM_COLUMNS` vectors of the values, for `NUM_HEADS` heads, divided by `divisors`.
+template <long NUM_HEADS, long NUM_COLUMNS, class Element>
+void add_columns(const Call& call, const Stretch& stretch, const Element* values, const Scores* weights, long column,
+                 const float* divisors, float* out) {
+  Floats sums[NUM_HEADS][NUM_COLUMNS] = {};
+  long stop;
+  for (long position = stretch.first; position < stretch.stop; position = stop) {
+    stop = stretch.tile_stop(position);
+    const Element* row = values + stretch.slot(position) * call.head_dim;
+    for (long i = position - stretch.first; i < stop - stretch.first; ++i, row += call.head_dim)
+      for (long c = 0; c < NUM_COLUMNS; ++c) {
+        const Floats value = NUM_COLUMNS > 1 ? load_wide(row + column + c * LANES) : load_columns(row, column, call.head_dim);
+        for (long head = 0; head < NUM_HEADS; ++head)
+          sums[head][c] = multiply_add(broadcast(weights[head][i]), value, sums[head][c]);
+      }
+  }
+  for (long head = 0; head < NUM_HEADS; ++head)
+    for (long c = 0; c < NUM_COLUMNS; ++c) {
+      const long first = column + c * LANES;
+      store_some(out + head * call.head_dim + first, sums[head][c] / divisors[head],
+                 std::min(LANES, call.head_dim - first));
+    }
+}
+
+// Writes the weighted sums of values of `num_heads` heads, `NUM_HEADS` at a time and then fewer.
+template <long NUM_HEADS, class Element>
+void add_values(const Call& call, const Stretch& stretch, const Element* values, const Scores* weights, long num_heads,
+                const float* divisors, float* out) {
+  for (; num_heads >= NUM_HEADS; num_heads -= NUM_HEADS) {
+    long column = 0;
+    for (; column + COLUMNS * LANES <= call.head_dim; column += COLUMNS * LANES)
+      add_columns<NUM_HEADS, COLUMNS>(call, stretch, values, weights, column, divisors, out);
+    for (; column < call.head_dim; column += LANES)
+      add_columns<NUM_HEADS, 1>(call, stretch, values, weights, column, divisors, out);
+    weights += NUM_HEADS, divisors += NUM_HEADS, out += NUM_HEADS * call.head_dim;
+  }
+  if constexpr (NUM_HEADS > 1)
+    add_values<NUM_HEADS / 2>(call, stretch, values, weights, num_heads, divisors, out);
+}
+
+// Attends with heads `[first_head, first_head + num_heads)`, which share keys and values, to a part.
+template <class Element>
+void attend(const Call& call, const Token& token, long part, const Stretch& stretch, const Element* keys,
+            const Element* values, long first_head, long num_heads) {
+  alignas(64) float queries[HEADS][MAX_DIM];
+  alignas(64) Scores scores[HEADS];
+  float totals[HEADS], ones[HEADS];
+  const float* query = call.query + token.row * call.query_token_stride + first_head * call.query_head_stride;
+  for (long head = 0; head < num_heads; ++head)
+    for (long column = 0; column < call.head_dim; column += LANES)
+      store(queries[head] + column,
+            load_columns(query + head * call.query_head_stride, column, call.head_dim) * call.scale);
+  score(call, stretch, keys, queries, call.slopes ? call.slopes + first_head : nullptr, num_heads, scores);
+  const long place = part * call.num_heads + first_head;
+  for (long head = 0; head < num_heads; ++head) {
+    float greatest;
+    exponentiate(scores[head], stretch.stop - stretch.first, &greatest, &totals[head]);
+    ones[head] = 1.0f;
+    if (token.num_parts > 1) {
+      float* end = call.ends() + 2 * (place + head);
+      end[0] = greatest, end[1] = totals[head];
+    }
+  }
+  if (token.num_parts > 1)
+    add_values<SHARED>(call, stretch, values, scores, num_heads, ones, call.partials + place * call.head_dim);
+  else
+    add_values<SHARED>(call, stretch, values, scores, num_heads, totals,
+                       call.out + (token.row * call.num_heads + first_head) * call.head_dim);
+}
+
+// Attends with all heads of a KV head to a part.
+template <class Element>
+void attend_part(const Call& call, const Element* keys, const Element* values, long part, long kv_head) {
+  const Token& token = call.tokens[call.parts[part]];
+  const long skipped = (part - token.first_part) * PART;
+  const long start = token.first_visible / TILE * TILE + skipped;
+  const Stretch stretch = {call.tiles + token.first_tile + skipped / TILE, std::max(0L, token.first_visible - start),
+                           std::min(PART, token.position + 1 - start), start - token.position};
+  const long own = kv_head * call.num_slots * call.head_dim;
+  const long group = call.num_heads / call.num_kv_heads;
+  for (long head = 0; head < group; head += HEADS)
+    attend(call, token, part, stretch, keys + own, values + own, kv_head * group + head, std::min(HEADS, group - head));
+}
+
+// Puts the parts of one head of a token together.
+void join_parts(const Call& call, const Token& token, long head) {
+  float greatest = -INFINITY;
+  for (long part = token.first_part; part < token.first_part + token.num_parts; ++part) {
+    const float own = call.ends()[2 * (part * call.num_heads + head)];
+    greatest = own > greatest ? own : greatest;
+  }
+  float total = 0.0f;
+  float sums[MAX_DIM] = {};
+  for (long part = token.first_part; part < token.first_part + token.num_parts; ++part) {
+    const long place = part * call.num_heads + head;
+    const float* end = call.ends() + 2 * place;
+    const float weight = exponential(broadcast(end[0] - greatest))[0];
+    total += weight * end[1];
+    for (long i = 0; i < call.head_dim; ++i) sums[i] += weight * call.partials[place * call.head_dim + i];
+  }
+  float* out = call.out + (token.row * call.num_heads + head) * call.head_dim;
+  for (long i = 0; i < call.head_dim; ++i) out[i] = sums[i] / total;
+}
+
+template <class Element>
+void attend_all(const Call& call, const void* keys, const void* values, long num_threads) {
+  const long num_tasks = call.num_parts * call.num_kv_heads;
+  std::atomic<long> next{0};
+  on_threads(std::min(num_threads, num_tasks), [&](long, long) {
+    for (long task; (task = next.fetch_add(1)) < num_tasks;)
+      attend_part(call, static_cast<const Element*>(keys), static_cast<const Element*>(values),
+                  task / call.num_kv_heads, task % call.num_kv_heads);
+  });
+}
+
+}  // namespace
+}  // namespace spanwise
+
+// Attends with single tokens; `element` is what keys and values are: 0 fp32, 1 bf16, 2 fp16. See Call.
+extern "C" void spanwise_decode_attention(float* out, const float* query, int64_t query_token_stride,
+                                          int64_t query_head_stride, const void* keys, const void* values,
+                                          int64_t element, int64_t num_slots, const int64_t* tokens, int64_t num_tokens,
+                                          const int64_t* parts, int64_t num_parts, const int64_t* tiles,
+                                          float* partials, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                          float scale, const float* slopes, int64_t num_threads) {
+  using namespace spanwise;
+  const Call call = {out,      query, query_token_stride, query_head_stride, num_slots,
+                     reinterpret_cast<const Token*>(tokens), parts, tiles, partials, num_parts,
+                     num_heads, num_kv_heads, head_dim, scale, slopes};
+  const auto attend = element == 0 ? attend_all<float> : element == 1 ? attend_all<BFloat16> : attend_all<Float16>;
+  attend(call, keys, values, num_threads);
+  if (num_parts == num_tokens) return;
+  in_shares(num_threads, num_tokens * num_heads, 1, [&](long first, long stop) {
+    for (long i = first; i < stop; ++i)
+      if (call.tokens[i / num_heads].num_parts > 1) join_parts(call, call.tokens[i / num_heads], i % num_heads);
+  });
+}
