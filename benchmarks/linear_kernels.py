@@ -1,7 +1,8 @@
-"""What the int8 linear kernels alone allow: oneDNN's product over all linear layers of a Llama, and nothing else.
+"""What int8 linear layers alone allow: those of a Llama, and nothing else of it.
 
-As a process it answers workloads as the peers do: each step multiplies ready-made codes with every layer's packed
-weights, layers that share an input as one product, the head only for rows that are sampled.
+As a process it answers workloads as the peers do: each step multiplies ready-made inputs with every layer's packed
+weights, layers that share an input as one product, the head only for rows that are sampled. `onednn` is oneDNN's
+product of ready-made codes; `ours` are Spanwise's layers as this machine builds them, which quantize their inputs.
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.model_spec import Precision
 from measures import Round, Workload
 from peers.process import Run, answer
 from stage import STEP_TOKENS
+from worker.linear.base import LinearNumerics, Scratch
+from worker.linear.build import build_linears
+from worker.quantization.encode import encode
 
 ZERO_POINT = 128
-MIN_ROWS = 4  # the product takes longer for fewer
 
 
-class Product:
+class OneDnnProduct:
     """One packed weight of random codes."""
+
+    min_rows, dtype = 4, torch.uint8  # the product takes longer for fewer
 
     def __init__(self, num_rows: int, num_columns: int) -> None:
         codes = torch.randint(-127, 128, (num_rows, num_columns), dtype=torch.int8)
@@ -42,6 +48,26 @@ class Product:
         return out
 
 
+class OurLayer:
+    """One layer of random weights."""
+
+    min_rows, dtype = 1, torch.float32
+
+    def __init__(self, num_rows: int, num_columns: int) -> None:
+        weight = encode("layer", torch.randn(num_rows, num_columns), Precision.INT8)
+        numerics = LinearNumerics(torch.float32, torch.device("cpu"), is_exact=False)
+        (self._layer,) = build_linears([weight], [None], numerics, Scratch())
+        self.num_columns = num_columns
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Multiply fp32 `[num_rows, in]`."""
+        out: Tensor = self._layer(rows)
+        return out
+
+
+KERNELS: dict[str, type[OneDnnProduct | OurLayer]] = {"onednn": OneDnnProduct, "ours": OurLayer}
+
+
 def block_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return (out, in) of a block's products: q, k and v together, then o, gate and up together, down."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
@@ -50,18 +76,19 @@ def block_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     return [(out, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
 
 
-def load(config: Mapping[str, Any], num_threads: int) -> tuple[Mapping[str, Any], Run]:
+def load(config: Mapping[str, Any], kernel: str, num_threads: int) -> tuple[Mapping[str, Any], Run]:
     """Pack all layers."""
     torch.set_num_threads(num_threads)
-    blocks = [Product(*shape) for _ in range(config["num_hidden_layers"]) for shape in block_shapes(config)]
-    head = Product(config["vocab_size"], config["hidden_size"])
+    make = KERNELS[kernel]
+    blocks = [make(*shape) for _ in range(config["num_hidden_layers"]) for shape in block_shapes(config)]
+    head = make(config["vocab_size"], config["hidden_size"])
 
     def step(num_tokens: int, num_sampled: int) -> None:
-        num_rows = max(MIN_ROWS, num_tokens)
-        inputs = {size: torch.zeros(num_rows, size, dtype=torch.uint8) for size in {one.num_columns for one in blocks}}
+        num_rows = max(make.min_rows, num_tokens)
+        inputs = {size: torch.ones(num_rows, size, dtype=make.dtype) for size in {one.num_columns for one in blocks}}
         for product in blocks:
             product(inputs[product.num_columns])
-        head(inputs[head.num_columns][: max(MIN_ROWS, num_sampled)])
+        head(inputs[head.num_columns][: max(make.min_rows, num_sampled)])
 
     def run(workload: Workload) -> Round:
         begin = time.perf_counter()
@@ -74,16 +101,17 @@ def load(config: Mapping[str, Any], num_threads: int) -> tuple[Mapping[str, Any]
                 step(workload.concurrency, workload.concurrency)
         return Round(time.perf_counter() - begin, workload.num_tokens, [], [])
 
-    return {"system": "int8 linear kernels alone", "version": f"torch {torch.__version__}"}, run
+    return {"system": f"int8 linear layers alone, {kernel}", "version": f"torch {torch.__version__}"}, run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a folder with a Llama's config.json")
+    parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     config = json.loads((arguments.model / "config.json").read_text())
-    answer(lambda: load(config, arguments.threads))
+    answer(lambda: load(config, arguments.kernel, arguments.threads))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ rounds of two rates of one round.
 
 A round asks each system twice: for one token per request, which gives the prefill rate (prompt tokens per second), and
 for all tokens; the difference of the two times gives the decode rate (output tokens per second after the first ones).
-"kernels" are the int8 linear products alone, without anything else that a model does: the ceiling for int8.
+"layers" are our int8 linear layers alone, without anything else that a model does: the ceiling for int8. "onednn" are
+oneDNN's products alone, whose inputs are quantized already: the ceiling for those who compute with it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from peers.process import Peer
 from served import serving
 
 SERVE = "cluster serve"
-KERNELS = "kernels"
+CEILINGS = {"layers": "ours", "onednn": "onednn"}
+"""Linear layers alone: what `linear_kernels` calls them."""
 OURS = ("stage", SERVE)
 PEERS: dict[str, tuple[Environment, str]] = {
     "vllm": (environment.VLLM, "vllm_w8a8"),
@@ -49,7 +51,7 @@ PEERS: dict[str, tuple[Environment, str]] = {
 }
 """Peers with weights in a form of their own: where they run, and the module of `peers` that does."""
 TRANSFORMERS = {"transformers fp32": "fp32", "transformers bf16": "bf16"}
-SYSTEMS = (KERNELS, *OURS, *PEERS, *TRANSFORMERS)
+SYSTEMS = (*CEILINGS, *OURS, *PEERS, *TRANSFORMERS)
 DEFAULT_CACHE = Path("~/.cache/spanwise-benchmarks").expanduser()
 
 Runner = Callable[[Workload], Awaitable[Round]]
@@ -146,8 +148,8 @@ def start(arguments: argparse.Namespace, name: str, sizes: Sequence[str]) -> Pee
         return Peer(command, environment.variables(where, arguments.threads))
     python = [sys.executable, "-m"]
     model = str(arguments.model)
-    if name == KERNELS:
-        command = [*python, "linear_kernels", model, *threads]
+    if name in CEILINGS:
+        command = [*python, "linear_kernels", model, CEILINGS[name], *threads]
     elif name in TRANSFORMERS:
         batch = str(max(arguments.concurrency))
         command = [*python, "peers.transformers_generate", model, TRANSFORMERS[name], str(arguments.threads), batch]
@@ -194,7 +196,7 @@ def serve_options(arguments: argparse.Namespace) -> list[str]:
 
 
 def make_table(results: Sequence[dict[str, Any]]) -> Table:
-    """Return the figures for people: rates, and behind ours the relation to the best peer and to the kernels."""
+    """Return the figures for people: rates, and behind ours the relation to the best peer and to the ceilings."""
     table = Table("requests", "system", "prefill tok/s", "decode tok/s", "whole tok/s", title="Resident weights")
     for one in results:
         for name, figures in one["systems"].items():
@@ -206,14 +208,15 @@ def make_table(results: Sequence[dict[str, Any]]) -> Table:
 
 def _cell(systems: dict[str, Any], name: str, figures: dict[str, Any], phase: str) -> str:
     text = f"{figures[phase]:.1f}"
-    peers = [other for other in systems if other not in (*OURS, KERNELS)]
+    peers = [other for other in systems if other not in (*OURS, *CEILINGS)]
     if name not in OURS:
         return text
     if peers:
         best = max(peers, key=lambda other: systems[other][phase])
         text += f"  {figures['ratios'][best][phase]:.2f} x {best}"
-    if KERNELS in systems:
-        text += f"  {figures['ratios'][KERNELS][phase]:.2f} of kernels"
+    for ceiling in CEILINGS:
+        if ceiling in systems:
+            text += f"  {figures['ratios'][ceiling][phase]:.2f} of {ceiling}"
     return text
 
 
