@@ -1,7 +1,7 @@
 """What the machine under a worker offers: memory within its control groups, cores, device names.
 
 Covers reading facts; what to do with them is `coordinator.placement`'s. The numerics-relevant instruction set is
-`worker.linear.isa`'s.
+`worker.numerics`'s.
 """
 
 from __future__ import annotations

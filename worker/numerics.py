@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from cluster.model_spec import Precision
+from worker.native.library import library
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of dtypes, as settings and `Precision` spell them."""
@@ -42,7 +43,7 @@ def choose_compute_dtype(
 def isa(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Name what decides the bits of a product on `device`: instruction sets and CPU vendor, or the GPU's architecture.
 
-    The vendor counts, since MKL takes other kernels on other vendors' processors.
+    Our compiled kernels count, since they sum in another order than torch; the vendor counts, since MKL takes other kernels on other vendors' processors.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
@@ -50,6 +51,8 @@ def isa(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     words = [torch.backends.cpu.get_cpu_capability().lower()]
     if has_native_bf16():
         words.append("bf16")
+    if library() is not None:
+        words.append("kernels")
     return " ".join([*words, _cpu_vendor(cpuinfo)])
 
 

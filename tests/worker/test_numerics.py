@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.model_spec import Precision
+from worker.native.library import library
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, isa
 
 
@@ -47,6 +48,7 @@ def test_isa_names_instructions_and_vendor(tmp_path: Path) -> None:
     assert words[0] == torch.backends.cpu.get_cpu_capability().lower()
     assert words[-1] == "GenuineIntel"
     assert ("bf16" in words) == has_native_bf16()
+    assert ("kernels" in words) == (library() is not None)
 
 
 def test_isa_falls_back_on_the_machine_type_where_no_vendor_is_named(tmp_path: Path) -> None:
