@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from cluster.load_order import LoadOrder
+from cluster.load_order import LoadOrder, StoreOptions
 from cluster.model_spec import ModelSpec, Precision
 from cluster.span import Span
+from worker.conversion import Conversion, conversion_order
 
 CONFIG: Mapping[str, Any] = {
     "model_type": "bloom",
@@ -94,21 +96,6 @@ def truncate(path: Path, num_bytes: int = 20) -> None:
 
 def order_for(spec: ModelSpec, *, checkpoint_service: str = "", token: str = "") -> LoadOrder:
     """Return the order to load the whole of a model."""
-    return LoadOrder(
-        stage=0,
-        num_stages=1,
-        span=Span(0, spec.num_blocks),
-        config=spec.config,
-        source=spec.source,
-        checkpoint_service=checkpoint_service,
-        weight_files=spec.weight_files,
-        weight_map=spec.weight_map,
-        precision=Precision.FP32,
-        kv_dtype="auto",
-        wire_dtype="auto",
-        num_pages=1,
-        page_size=64,
-        max_context=64,
-        is_exact=False,
-        token=token,
-    )
+    whole = Span(0, spec.num_blocks)
+    order = conversion_order(Conversion(spec, Precision.FP32, whole, StoreOptions(), token=token))
+    return replace(order, checkpoint_service=checkpoint_service, num_pages=1, page_size=64, max_context=64)

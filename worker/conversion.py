@@ -45,7 +45,7 @@ def convert(asked: Conversion, num_at_once: int, on_progress: Callable[[LoadProg
         raise ConfigurationError(
             f"{asked.spec.name} has blocks 0 to {architecture.num_blocks - 1}: there is no span {asked.blocks}"
         )
-    order, store = _order(asked), _store(asked)
+    order, store = conversion_order(asked), _store(asked)
     is_last = asked.blocks.end == architecture.num_blocks
     parts = architecture.parts(asked.blocks, is_first=asked.blocks.start == 0, is_last=is_last)
     filler = StoreFiller(order, architecture, store, lambda: CheckpointSource(order), on_progress)
@@ -88,7 +88,7 @@ def _store(asked: Conversion) -> BlockStore:
     return store
 
 
-def _order(asked: Conversion) -> LoadOrder:
+def conversion_order(asked: Conversion) -> LoadOrder:
     """Return what converting needs of an order; the rest of it is about computing."""
     spec = asked.spec
     return LoadOrder(
