@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cluster.model_spec import Precision
 from worker.linear.base import LinearNumerics
-from worker.linear.nf4 import (
-    PackedNf4Linear,
-    TiledNf4Linear,
-    build_nf4,
-    has_packed_product,
-)
+from worker.linear.nf4 import CompiledNf4Linear, TiledNf4Linear, build_nf4
+from worker.native import library as native
 from worker.quantization.nf4 import decode, encode, rows_per_tile
 from worker.stored_weight import MemoryWeight, Piece
 
 CPU = torch.device("cpu")
 COMPUTE = [torch.float32, torch.bfloat16]
 SHAPES = [(96, 128), (97, 64), (40, 192), (50, 48), (7, 100), (33, 51), (600, 4096)]
-packed_only = pytest.mark.skipif(not has_packed_product(), reason="this CPU does not multiply codes directly")
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
+BUILDS = [
+    path
+    for path in Path(native.__file__).parent.glob("_*.so")
+    if path.name.startswith(tuple(f"_{name}." for name in native._builds()))
+]
+
+
+@pytest.fixture(params=BUILDS, ids=lambda path: path.name.partition(".")[0])
+def build(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a build of the compiled kernels that this CPU runs."""
+    library = ctypes.CDLL(str(request.param))
+    monkeypatch.setattr(native, "library", lambda: library)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,33 +127,72 @@ def test_exact_rows_have_the_same_bits_in_any_company(
     assert torch.equal(linear(x[order]), linear(x)[order])
 
 
-@packed_only
-def test_packed_rows_have_the_same_bits_in_any_company_on_any_number_of_threads() -> None:
-    linear = PackedNf4Linear(encode("weight", random(512, 1024)), None)
-    x = random(130, 1024, seed=4).bfloat16()
-    whole, before = linear(x), torch.get_num_threads()
-    for num_threads in (1, 2):
+@pytest.mark.usefixtures("build")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 40),
+    st.integers(1, 70),
+    st.integers(1, 12),
+    st.sampled_from(COMPUTE),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_compiled_products_are_those_of_the_decoded_weight(
+    num_rows: int, num_out: int, num_blocks: int, compute: torch.dtype, has_bias: bool, seed: int
+) -> None:
+    weight = encode("weight", random(num_out, 64 * num_blocks, seed=seed))
+    bias = random(num_out, seed=seed + 1).to(compute) if has_bias else None
+    x = random(num_rows, 64 * num_blocks, seed=seed + 2).to(compute)
+    products, shift = x.double() @ decode(weight).double().T, 0.0 if bias is None else bias.double()
+    size = x.double().norm(dim=1)[:, None] * decode(weight).double().norm(dim=1)
+    error = CompiledNf4Linear(weight, bias)(x).double() - products - shift
+    assert bool((error.abs() <= TOLERANCE[compute] * (size + products.abs() + torch.as_tensor(shift).abs())).all())
+
+
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_compiled_bits_depend_neither_on_company_nor_on_threads_nor_on_pieces(compute: torch.dtype) -> None:
+    weight = encode("weight", random(333, 704))
+    layers = [CompiledNf4Linear(source, None) for source in (weight, cut(weight, 7), cut(weight, 100))]
+    x = random(130, 704, seed=4).to(compute)
+    expected, before = layers[0](x), torch.get_num_threads()
+    for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)
-        for start, stop in [(0, 1), (1, 3), (5, 8), (60, 69), (3, 19), (0, 64), (1, 129)]:
-            assert torch.equal(linear(x[start:stop]), whole[start:stop]), (start, stop)
+        for start, stop in [(0, 1), (1, 3), (5, 9), (60, 72), (3, 19), (0, 64), (1, 129)]:
+            for layer in layers:
+                assert torch.equal(layer(x[start:stop]), expected[start:stop]), (start, stop)
     torch.set_num_threads(before)
 
 
-@packed_only
-def test_where_pieces_are_cut_does_not_change_packed_products() -> None:
-    whole = encode("weight", random(333, 192))
-    x = random(9, 192, seed=1).bfloat16()
-    for num_rows in (7, 32, 100):
-        assert torch.equal(PackedNf4Linear(cut(whole, num_rows), None)(x), PackedNf4Linear(whole, None)(x))
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_compiled_products_take_rows_that_do_not_follow_each_other_in_memory(compute: torch.dtype) -> None:
+    linear = CompiledNf4Linear(encode("weight", random(20, 64)), None)
+    x = random(64, 5).to(compute).t()
+    assert torch.equal(linear(x), linear(x.contiguous()))
 
 
-def test_the_product_follows_the_compute_dtype() -> None:
+@pytest.mark.usefixtures("build")
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_what_is_no_number_stays_in_its_row(compute: torch.dtype) -> None:
+    linear = CompiledNf4Linear(encode("weight", random(20, 128)), None)
+    x = random(14, 128).to(compute)
+    expected = linear(x)
+    x[3, 5] = torch.nan
+    out = linear(x)
+    assert bool(out[3].isnan().all())
+    assert torch.equal(out[4:], expected[4:])
+
+
+def test_the_layer_follows_library_dtype_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = encode("weight", random(32, 64))
+    kind = CompiledNf4Linear if native.library() else TiledNf4Linear
+    for compute in COMPUTE:
+        assert isinstance(build_nf4(weight, None, numerics(compute)), kind)
+    assert isinstance(build_nf4(weight, None, numerics(torch.float16)), TiledNf4Linear)
+    assert isinstance(build_nf4(encode("weight", random(32, 48)), None, numerics(torch.bfloat16)), TiledNf4Linear)
+    monkeypatch.setattr("worker.native.nf4.library", lambda: None)
     assert isinstance(build_nf4(weight, None, numerics(torch.float32)), TiledNf4Linear)
-    kind = PackedNf4Linear if has_packed_product() else TiledNf4Linear
-    assert isinstance(build_nf4(weight, None, numerics(torch.bfloat16)), kind)
-    unaligned = encode("weight", random(32, 48))
-    assert isinstance(build_nf4(unaligned, None, numerics(torch.bfloat16)), TiledNf4Linear)
 
 
 @pytest.mark.parametrize("compute", COMPUTE)

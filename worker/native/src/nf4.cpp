@@ -1,0 +1,474 @@
+// Products of rows with 4-bit weights as they are stored: codes of four bits, high nibble first, and an absmax for each
+// block of 64 parameters along a row.
+//
+// Sixteen outputs are computed at a time, one per lane. Their codes are transposed 32 bits at a time, so that a lane
+// holds eight codes of its output; shifting the words by a nibble and looking the lowest one up gives what is multiplied
+// next with one input, the same for all lanes. Inputs are laid out once in the order in which that meets them. A block's
+// products are summed in fp32 and scaled by its absmax, and blocks added up in order: so a result's bits depend neither
+// on other rows, nor on threads, nor on how many outputs a call has.
+//
+// What is multiplied are floats, or pairs of bf16 where inputs are bf16 and the CPU multiplies those (avx512_bf16).
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include "parallel.h"
+#include "scratch.h"
+#include "vector.h"
+
+#define INLINED __attribute__((always_inline))
+
+namespace spanwise {
+namespace {
+
+constexpr long BLOCK = 64;         // parameters that share an absmax
+constexpr long BLOCK_BYTES = 32;   // of their codes
+constexpr long BLOCK_WORDS = 8;    // of 32 bits, eight codes each
+constexpr long NESTED_BLOCK = 256;  // absmaxes that share one of their own
+
+#if defined(__AVX512F__)
+constexpr long GROUP = 12;  // rows multiplied at a time, so that their sums stay in registers
+constexpr long TILES = 2;   // of sixteen outputs that many rows are multiplied with at a time
+#else
+constexpr long GROUP = 5;
+constexpr long TILES = 1;
+#endif
+
+#if defined(__AVX512F__)
+
+// Returns the floats that the lowest nibbles stand for.
+inline Floats look_up(const Floats& values, Ints nibbles) {
+  return reinterpret_cast<Floats>(
+      _mm512_permutexvar_ps(reinterpret_cast<__m512i>(nibbles), reinterpret_cast<__m512>(values)));
+}
+
+// Loads a block of sixteen outputs: lane n of word w gets bytes 4w to 4w+3 of output n.
+inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
+  __m512i part[8], quad[8];
+  for (long i = 0; i < 8; ++i) {
+    const long first = i / 4 * 8 + i % 4;
+    const auto low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(outputs[first] + offset));
+    const auto high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(outputs[first + 4] + offset));
+    part[i] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+  }
+  for (long i = 0; i < 8; i += 4) {
+    const auto a = _mm512_unpacklo_epi32(part[i], part[i + 1]), b = _mm512_unpackhi_epi32(part[i], part[i + 1]);
+    const auto c = _mm512_unpacklo_epi32(part[i + 2], part[i + 3]), d = _mm512_unpackhi_epi32(part[i + 2], part[i + 3]);
+    quad[i] = _mm512_unpacklo_epi64(a, c), quad[i + 1] = _mm512_unpackhi_epi64(a, c);
+    quad[i + 2] = _mm512_unpacklo_epi64(b, d), quad[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (long i = 0; i < 4; ++i) {
+    words[i] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88));
+    words[i + 4] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd));
+  }
+}
+
+#else
+
+struct Halves {
+  __m256 low, high;
+};
+
+inline __m256 look_up_half(const Halves& values, __m256i nibbles) {
+  const __m256 low = _mm256_permutevar8x32_ps(values.low, nibbles);
+  const __m256 high = _mm256_permutevar8x32_ps(values.high, nibbles);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)));
+}
+
+inline Floats look_up(const Floats& values, Ints nibbles) {
+  Halves table;
+  __m256i index[2];
+  std::memcpy(&table, &values, sizeof table), std::memcpy(index, &nibbles, sizeof index);
+  const Halves result = {look_up_half(table, index[0]), look_up_half(table, index[1])};
+  return load(reinterpret_cast<const float*>(&result));
+}
+
+inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
+  for (long half = 0; half < 2; ++half) {
+    __m256i part[8], quad[8];
+    for (long i = 0; i < 8; ++i)
+      part[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(outputs[8 * half + i] + offset));
+    for (long i = 0; i < 8; i += 4) {
+      const auto a = _mm256_unpacklo_epi32(part[i], part[i + 1]), b = _mm256_unpackhi_epi32(part[i], part[i + 1]);
+      const auto c = _mm256_unpacklo_epi32(part[i + 2], part[i + 3]), d = _mm256_unpackhi_epi32(part[i + 2], part[i + 3]);
+      quad[i] = _mm256_unpacklo_epi64(a, c), quad[i + 1] = _mm256_unpackhi_epi64(a, c);
+      quad[i + 2] = _mm256_unpacklo_epi64(b, d), quad[i + 3] = _mm256_unpackhi_epi64(b, d);
+    }
+    for (long i = 0; i < 4; ++i) {
+      const __m256i low = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+      const __m256i high = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
+      std::memcpy(reinterpret_cast<char*>(words + i) + 32 * half, &low, 32);
+      std::memcpy(reinterpret_cast<char*>(words + i + 4) + 32 * half, &high, 32);
+    }
+  }
+}
+
+#endif
+
+// bf16 is the upper half of fp32.
+inline float to_float(uint16_t value) {
+  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Inputs and values as floats. Step s of a word takes nibble s, which is parameter s ^ 1 of the word's eight.
+class Singles {
+ public:
+  static constexpr long STEPS = 8;
+
+  explicit Singles(const float* values) : values_(load(values)) {}
+
+  Floats take(Ints word, long step) const { return look_up(values_, word >> static_cast<int>(4 * step)); }
+
+  static void add(Floats& sum, Floats value, const uint32_t* input) {
+    float x;
+    std::memcpy(&x, input, sizeof x);
+    sum = multiply_add(value, broadcast(x), sum);
+  }
+
+  template <class Input>
+  static uint32_t lay_out(const Input* word, long step) {
+    const Input x = word[step ^ 1];
+    float value;
+    if constexpr (std::is_same_v<Input, float>)
+      value = x;
+    else
+      value = to_float(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+  }
+
+ private:
+  Floats values_;
+};
+
+#if defined(__AVX512F__)
+
+// Inputs and values as pairs of bf16. Step s of a word takes nibbles s and s + 4.
+class Pairs {
+ public:
+  static constexpr long STEPS = 4;
+
+  explicit Pairs(const float* values) {
+    uint16_t twice[32];  // the upper bit of five that the lookup takes is the next nibble's
+    for (long i = 0; i < 32; ++i) twice[i] = to_bf16(values[i % 16]);
+    std::memcpy(&values_, twice, sizeof values_);
+  }
+
+  Floats take(Ints word, long step) const {
+    return reinterpret_cast<Floats>(
+        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(word >> static_cast<int>(4 * step)), values_));
+  }
+
+  // (In assembler, since the rest is for CPUs that lack this instruction too.)
+  static void add(Floats& sum, Floats value, const uint32_t* input) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(*input));
+  }
+
+  static uint32_t lay_out(const uint16_t* word, long step) {
+    return word[step ^ 1] | static_cast<uint32_t>(word[(step + 4) ^ 1]) << 16;
+  }
+
+  static bool is_possible() { return __builtin_cpu_supports("avx512bf16"); }
+
+ private:
+  __m512i values_;
+};
+
+#else
+
+struct Pairs : Singles {
+  using Singles::Singles;
+  static bool is_possible() { return false; }
+};
+
+#endif
+
+// Calls `body` with a constant that equals `count`, of 1 to MOST.
+template <long MOST, class Body>
+void with_constant(long count, const Body& body) {
+  if constexpr (MOST > 1)
+    if (count < MOST) return with_constant<MOST - 1>(count, body);
+  body(std::integral_constant<long, MOST>{});
+}
+
+template <class Body, long... I>
+INLINED inline void repeat(std::integer_sequence<long, I...>, const Body& body) {
+  (body(std::integral_constant<long, I>{}), ...);
+}
+
+// Calls `body` with constants 0 to COUNT - 1: arrays that it indexes with them stay in registers.
+template <long COUNT, class Body>
+INLINED inline void repeat(const Body& body) {
+  repeat(std::make_integer_sequence<long, COUNT>{}, body);
+}
+
+// Rows `[num_rows, num_in]`, laid out as `[block][group of rows][step][row]`; the last group may have fewer rows.
+struct Inputs {
+  uint32_t* data;
+  long num_rows, num_blocks;
+
+  template <class Kind>
+  uint32_t* at(long block, long first_row) const {
+    return data + (block * num_rows + first_row) * BLOCK_WORDS * Kind::STEPS;
+  }
+};
+
+template <class Kind, class Input>
+void lay_out(const Inputs& inputs, const Input* rows, long first_block, long stop_block) {
+  for (long block = first_block; block < stop_block; ++block) {
+    for (long row = 0; row < inputs.num_rows; ++row) {
+      const long first = row / GROUP * GROUP, step = std::min(GROUP, inputs.num_rows - first);
+      uint32_t* to = inputs.at<Kind>(block, first) + (row - first);
+      const Input* from = rows + (row * inputs.num_blocks + block) * BLOCK;
+      for (long word = 0; word < BLOCK_WORDS; ++word, from += 8)
+        for (long i = 0; i < Kind::STEPS; ++i, to += step) *to = Kind::lay_out(from, i);
+    }
+  }
+}
+
+// Some adjacent outputs of a weight, as stored.
+struct Weight {
+  const uint8_t* codes;  // [num_out, num_in / 2]
+  const void* absmax;    // [num_out, num_in / 64] floats, or codes of what `nested` scales
+  const float* nested;   // of the whole weight, or none
+  const float* map;      // what the 256 codes of absmaxes mean
+  float offset;          // added to those
+  long first_block;      // of this piece within the weight
+  long num_out, num_blocks;
+
+  // Writes a row's absmaxes to every `step`th float.
+  void decode_absmax(long row, float* to, long step) const {
+    const long begin = row * num_blocks;
+    if (!nested) {
+      for (long i = 0; i < num_blocks; ++i) to[i * step] = static_cast<const float*>(absmax)[begin + i];
+      return;
+    }
+    const uint8_t* from = static_cast<const uint8_t*>(absmax) + begin;
+    for (long i = 0; i < num_blocks;) {
+      const long index = first_block + begin + i;
+      const long stop = std::min(num_blocks, i + NESTED_BLOCK - index % NESTED_BLOCK);
+      const float factor = nested[index / NESTED_BLOCK];
+      for (; i < stop; ++i) to[i * step] = map[from[i]] * factor + offset;
+    }
+  }
+};
+
+// Sixteen outputs; where fewer are left, the last one stands for the missing ones.
+class Tile {
+ public:
+  Tile(const Weight& weight, long first, float* absmax, long step) : bytes_(LANES * BLOCK_BYTES * weight.num_blocks) {
+    for (long lane = 0; lane < LANES; ++lane) {
+      const long row = std::min(first + lane, weight.num_out - 1);
+      codes_[lane] = weight.codes + row * weight.num_blocks * BLOCK_BYTES;
+      weight.decode_absmax(row, absmax + lane, step);
+    }
+  }
+
+  // Loads a block, and has the memory bring as much of the tile after next to the cache: it would not see that coming.
+  void load_block(long block, Ints* words) const {
+    const uint8_t* next = codes_[0] + AHEAD * bytes_ + block * LANES * BLOCK_BYTES;
+    for (long i = 0; i < LANES * BLOCK_BYTES; i += 64) __builtin_prefetch(next + i);
+    transpose(codes_, block * BLOCK_BYTES, words);
+  }
+
+ private:
+  static constexpr long AHEAD = 1;
+
+  const uint8_t* codes_[LANES];
+  long bytes_;
+};
+
+struct Results {
+  char* data;  // [num_rows, stride] of floats or bf16
+  const char* bias;
+  long stride;
+  bool is_bf16;
+
+  void write(long row, long first, Floats sums, long count) const {
+    for (long lane = 0; lane < count; ++lane) {
+      const long at = row * stride + first + lane;
+      if (is_bf16) {
+        const float shift = bias ? to_float(reinterpret_cast<const uint16_t*>(bias)[first + lane]) : 0.0f;
+        reinterpret_cast<uint16_t*>(data)[at] = to_bf16(sums[lane] + shift);
+      } else {
+        const float shift = bias ? reinterpret_cast<const float*>(bias)[first + lane] : 0.0f;
+        reinterpret_cast<float*>(data)[at] = sums[lane] + shift;
+      }
+    }
+  }
+};
+
+template <class Kind>
+class Product {
+ public:
+  Product(const Kind& kind, const Inputs& inputs, const Weight& weight, const Results& results)
+      : kind_(kind), inputs_(inputs), weight_(weight), results_(results) {}
+
+  // Computes outputs `[first, stop)`.
+  void compute(long first, long stop) const {
+    if (inputs_.num_rows <= GROUP)
+      with_constant<GROUP>(inputs_.num_rows, [&](auto rows) { multiply_few<rows.value>(first, stop); });
+    else
+      multiply_many(first, stop);
+  }
+
+ private:
+  static constexpr long ITEMS = BLOCK_WORDS * Kind::STEPS;  // of a block, multiplied one after the other
+
+  // Multiplies codes as they are looked up, of several blocks in turn: their sums do not wait for each other.
+  template <long ROWS>
+  void multiply_few(long first, long stop) const {
+    constexpr long AT_ONCE = ROWS <= 2 ? 4 : ROWS <= 4 ? 2 : 1;
+    float* absmax = scratch(weight_.num_blocks * LANES);
+    for (; first < stop; first += LANES) {
+      const Tile tile(weight_, first, absmax, LANES);
+      Floats totals[ROWS] = {};
+      long block = 0;
+      for (; block + AT_ONCE <= weight_.num_blocks; block += AT_ONCE)
+        multiply_blocks<ROWS, AT_ONCE>(tile, block, absmax, totals);
+      for (; block < weight_.num_blocks; ++block) multiply_blocks<ROWS, 1>(tile, block, absmax, totals);
+      for (long row = 0; row < ROWS; ++row) write(row, first, totals[row], stop);
+    }
+  }
+
+  template <long ROWS, long BLOCKS>
+  __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax, Floats* totals) const {
+    const uint32_t* input = inputs_.template at<Kind>(first, 0);
+    Ints words[BLOCKS][BLOCK_WORDS];
+    for (long block = 0; block < BLOCKS; ++block) tile.load_block(first + block, words[block]);
+    Floats sums[BLOCKS * ROWS] = {};
+    repeat<BLOCK_WORDS>([&](auto word) INLINED {
+      repeat<Kind::STEPS>([&](auto step) INLINED {
+        repeat<BLOCKS>([&](auto block) INLINED {
+          const Floats value = kind_.take(words[block][word], step);
+          const uint32_t* x = input + (block * ITEMS + word * Kind::STEPS + step) * ROWS;
+          repeat<ROWS>([&](auto row) INLINED { Kind::add(sums[block * ROWS + row], value, x + row); });
+        });
+      });
+    });
+    repeat<BLOCKS>([&](auto block) INLINED {
+      const Floats scale = load(absmax + (first + block) * LANES);
+      repeat<ROWS>([&](auto row) INLINED { totals[row] = multiply_add(scale, sums[block * ROWS + row], totals[row]); });
+    });
+  }
+
+  // Looks a block's codes up once for all groups of rows.
+  void multiply_many(long first, long stop) const {
+    const long num_rows = inputs_.num_rows, width = TILES * LANES;
+    float* absmax = scratch((weight_.num_blocks + num_rows) * width);
+    float* totals = absmax + weight_.num_blocks * width;
+    for (; first < stop; first += width) {
+      std::memset(totals, 0, static_cast<size_t>(num_rows * width) * sizeof(float));
+      const Tile tiles[] = {Tile(weight_, first, absmax, width), Tile(weight_, first + (TILES - 1) * LANES,
+                                                                     absmax + (TILES - 1) * LANES, width)};
+      for (long block = 0; block < weight_.num_blocks; ++block) {
+        alignas(64) Floats values[ITEMS][TILES];
+        for (long i = 0; i < TILES; ++i) look_up_block(tiles[i], block, &values[0][i]);
+        for (long row = 0; row < num_rows; row += GROUP)
+          with_constant<GROUP>(std::min(GROUP, num_rows - row), [&](auto rows) {
+            multiply_group<rows.value>(values, inputs_.template at<Kind>(block, row), absmax + block * width,
+                                       totals + row * width);
+          });
+      }
+      for (long row = 0; row < num_rows; ++row)
+        for (long i = 0; i < TILES; ++i) write(row, first + i * LANES, load(totals + (row * TILES + i) * LANES), stop);
+    }
+  }
+
+  void look_up_block(const Tile& tile, long block, Floats* to) const {
+    Ints words[BLOCK_WORDS];
+    tile.load_block(block, words);
+    repeat<ITEMS>([&](auto i) INLINED { to[i * TILES] = kind_.take(words[i / Kind::STEPS], i % Kind::STEPS); });
+  }
+
+  template <long ROWS>
+  static __attribute__((noinline)) void multiply_group(const Floats (*values)[TILES], const uint32_t* input, const float* absmax, float* totals) {
+    Floats sums[ROWS * TILES] = {};
+    for (long item = 0; item < ITEMS; ++item, input += ROWS)
+      repeat<ROWS * TILES>([&](auto i) INLINED { Kind::add(sums[i], values[item][i % TILES], input + i / TILES); });
+    repeat<ROWS * TILES>([&](auto i) INLINED {
+      float* total = totals + i * LANES;
+      store(total, multiply_add(load(absmax + i % TILES * LANES), sums[i], load(total)));
+    });
+  }
+
+  void write(long row, long first, Floats sums, long stop) const {
+    if (first < stop) results_.write(row, first, sums, std::min(LANES, stop - first));
+  }
+
+  static float* scratch(long count) {
+    static thread_local Scratch memory;
+    return reinterpret_cast<float*>(memory.take(static_cast<size_t>(count) * sizeof(float)));
+  }
+
+  Kind kind_;
+  const Inputs& inputs_;
+  const Weight& weight_;
+  const Results& results_;
+};
+
+}  // namespace
+}  // namespace spanwise
+
+extern "C" {
+
+// Lays out `rows`, [num_rows, num_in] of floats or bf16, for the product. `inputs` has 4 bytes for each input.
+void spanwise_nf4_lay_out(void* inputs, const void* rows, int64_t num_rows, int64_t num_in, int64_t is_bf16,
+                          int64_t num_threads) {
+  using namespace spanwise;
+  const Inputs to = {static_cast<uint32_t*>(inputs), num_rows, num_in / BLOCK};
+  const auto floats = static_cast<const float*>(rows);
+  const auto halves = static_cast<const uint16_t*>(rows);
+  const long step = std::max(1L, (1L << 15) / (num_rows * BLOCK));  // blocks worth another thread
+  in_shares(num_threads, to.num_blocks, step, [&](long first, long stop) {
+    if (!is_bf16)
+      lay_out<Singles>(to, floats, first, stop);
+    else if (Pairs::is_possible())
+      lay_out<Pairs>(to, halves, first, stop);
+    else
+      lay_out<Singles>(to, halves, first, stop);
+  });
+}
+
+// Multiplies inputs that were laid out with `num_out` outputs of a weight whose codes stand for `values`; see Weight and
+// Results.
+void spanwise_nf4_multiply(void* out, const void* inputs, const void* codes, const void* absmax, const void* nested,
+                           const void* map, const void* values, const void* bias, float offset, int64_t first_block,
+                           int64_t num_rows, int64_t num_in, int64_t num_out, int64_t stride, int64_t is_bf16,
+                           int64_t num_threads) {
+  using namespace spanwise;
+  const long num_blocks = num_in / BLOCK;
+  const Inputs rows = {static_cast<uint32_t*>(const_cast<void*>(inputs)), num_rows, num_blocks};
+  const Weight weight = {static_cast<const uint8_t*>(codes), absmax, static_cast<const float*>(nested),
+                         static_cast<const float*>(map), offset, first_block, num_out, num_blocks};
+  const Results results = {static_cast<char*>(out), static_cast<const char*>(bias), stride, is_bf16 != 0};
+  const float* table = static_cast<const float*>(values);
+  in_shares(num_threads, num_out, TILES * LANES, [&](long first, long stop) {
+    if (is_bf16 && Pairs::is_possible())
+      Product(Pairs(table), rows, weight, results).compute(first, stop);
+    else
+      Product(Singles(table), rows, weight, results).compute(first, stop);
+  });
+}
+
+}  // extern "C"
