@@ -23,14 +23,16 @@ _log = logging.getLogger(__name__)
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the kernels for this CPU; None where they were not built, or where it has neither AVX-512 VNNI nor AVX2."""
-    for name in _builds():
+    builds = _builds()
+    for name in builds:
         path = Path(__file__).with_name(f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
         if path.exists():
             return ctypes.CDLL(str(path))
-    _log.warning(
-        "the compiled kernels are not here, so 8-bit models compute up to two times slower: install a C++ compiler "
-        "(on Debian and Ubuntu: apt install g++) and install Spanwise again"
-    )
+    if builds:
+        _log.warning(
+            "the compiled kernels are not here, so 8-bit models compute up to two times slower: install a C++ compiler "
+            "(on Debian and Ubuntu: apt install g++) and install Spanwise again"
+        )
     return None
 
 
