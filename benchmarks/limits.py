@@ -9,6 +9,7 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -79,15 +80,16 @@ def memory_limit(size_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a group as soon as its last process is gone."""
-    deadline = time.monotonic() + REMOVE_SECONDS
-    while True:
-        try:
-            return folder.rmdir()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+    """Remove a group as soon as its last process is gone. Raises TimeoutError."""
+    while processes := (folder / "cgroup.procs").read_text().split():
+        _wait_ended(int(processes[0]))
+    folder.rmdir()
+
+
+def _wait_ended(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError), open(os.pidfd_open(process), "rb", buffering=0) as handle:
+        if not select.select([handle], [], [], REMOVE_SECONDS)[0]:
+            raise TimeoutError(f"process {process} still runs in a memory group that is to be removed")
 
 
 def drop_page_cache() -> None:
