@@ -7,7 +7,7 @@ them are `worker.part_weights`' business.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
@@ -38,6 +38,7 @@ from worker.sharing.shelf import Shelf
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
 from worker.store_weights import StoreWeights, streamed_part, uses_disk, uses_store
+from worker.stream.disk_weights import DiskWeights
 from worker.stream.opening import OpenSpan
 from worker.weights import CheckpointSource
 
@@ -103,43 +104,14 @@ class TorchSpanLoader:
         architecture = open_architecture(order.config)
         _check_span(order, architecture)
         numerics = _choose_numerics(order, self._device)
-        is_first, is_last = order.stage == 0, order.stage == order.num_stages - 1
-        parts = architecture.parts(order.span, is_first=is_first, is_last=is_last)
+        parts = architecture.parts(order.span, is_first=order.stage == 0, is_last=order.stage == order.num_stages - 1)
         progress = _Progress(order.precision, parts, on_progress)
         linear_numerics = LinearNumerics(numerics.compute, self._device, order.is_exact, order.outlier_threshold)
         builder = PartBuilder(linear_numerics, progress.count)
         with self._open_weights(order, architecture, parts, on_progress, neighbours) as weights:
             progress.begin()
-            loaded = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
-            entrance = Entrance(_open_table(weights, parts[0]), loaded[EMBEDDING]) if is_first else None
-            finisher = Finisher(architecture, weights.streams, order.is_exact)
-            blocks = [finisher.finish(name, loaded[name]) for name in map(block_part, order.span.blocks())]
-            disk_weights = None
-            if weights.streams is not None:
-                rebuild = Rebuilder(architecture, weights, weights.streams, builder.again(), finisher)
-                disk_weights = weights.streams.disk_weights(rebuild, rebuild.make_again)
-        rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
-        cache = _build_cache(order, architecture, numerics)
-        weight_bytes = builder.weight_bytes + sum(table.nbytes for table in rotary or ())
-        stage = Stage(
-            stage=order.stage,
-            span=order.span,
-            max_context=order.max_context,
-            architecture=architecture,
-            blocks=blocks,
-            rotary=rotary,
-            cache=cache,
-            numerics=numerics,
-            entrance=entrance,
-            exit_=_build_exit(architecture, loaded[HEAD]) if is_last else None,
-            resident_bytes=weight_bytes - (disk_weights.shifting_bytes if disk_weights else 0),
-            disk_weights=disk_weights,
-        )
-        loaded_span = _describe(stage, weight_bytes, cache, numerics)
-        if disk_weights is None or weights.streams is None:
-            return loaded_span
-        streamed = disk_weights.streamed_bytes
-        return replace(loaded_span, streamed_bytes=streamed, disk_bytes_per_second=weights.streams.bytes_per_second)
+            built = _build_span(order, architecture, parts, builder, weights)
+        return _assemble(order, architecture, numerics, built, builder.weight_bytes)
 
     def _open_weights(
         self,
@@ -190,6 +162,33 @@ class SpanWeights(Protocol):
     def rebuild(self, part: Part, error: StorageError) -> None:
         """Make a damaged part again, or raise why that is not possible."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _BuiltSpan:
+    """The modules of a span, and what brings those that are not held in memory."""
+
+    entrance: Entrance | None
+    blocks: Sequence[nn.Module]
+    head: nn.Module | None
+    disk_weights: DiskWeights | None
+    disk_bytes_per_second: float
+
+
+def _build_span(
+    order: LoadOrder, architecture: Architecture, parts: Sequence[Part], builder: PartBuilder, weights: SpanWeights
+) -> _BuiltSpan:
+    """Build everything; where weights are streamed, reading ahead begins."""
+    built = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
+    entrance = Entrance(_open_table(weights, parts[0]), built[EMBEDDING]) if EMBEDDING in built else None
+    streams = weights.streams
+    finisher = Finisher(architecture, streams, order.is_exact)
+    blocks = [finisher.finish(name, built[name]) for name in map(block_part, order.span.blocks())]
+    if streams is None:
+        return _BuiltSpan(entrance, blocks, built.get(HEAD), None, 0.0)
+    rebuild = Rebuilder(architecture, weights, streams, builder.again(), finisher)
+    disk_weights = streams.disk_weights(rebuild, rebuild.make_again)
+    return _BuiltSpan(entrance, blocks, built.get(HEAD), disk_weights, streams.bytes_per_second)
 
 
 def _build_part(builder: PartBuilder, architecture: Architecture, part: Part, weights: SpanWeights) -> nn.Module:
@@ -312,7 +311,32 @@ def _build_exit(architecture: Architecture, head: nn.Module) -> Exit:
     return Exit(norm, _head_layer(head), Sampler(architecture.vocab_size))
 
 
-def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNumerics) -> LoadedSpan:
+def _assemble(
+    order: LoadOrder, architecture: Architecture, numerics: StageNumerics, built: _BuiltSpan, part_bytes: int
+) -> LoadedSpan:
+    rotary = architecture.rotary_table(order.max_context, numerics.compute, numerics.device)
+    weight_bytes = part_bytes + sum(table.nbytes for table in rotary or ())
+    cache = _build_cache(order, architecture, numerics)
+    stage = Stage(
+        stage=order.stage,
+        span=order.span,
+        max_context=order.max_context,
+        architecture=architecture,
+        blocks=built.blocks,
+        rotary=rotary,
+        cache=cache,
+        numerics=numerics,
+        entrance=built.entrance,
+        exit_=_build_exit(architecture, built.head) if built.head is not None else None,
+        resident_bytes=weight_bytes - (built.disk_weights.shifting_bytes if built.disk_weights else 0),
+        disk_weights=built.disk_weights,
+    )
+    return _describe(stage, weight_bytes, cache, numerics, built)
+
+
+def _describe(
+    stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNumerics, built: _BuiltSpan
+) -> LoadedSpan:
     return LoadedSpan(
         executor=stage,
         weight_bytes=weight_bytes,
@@ -320,4 +344,6 @@ def _describe(stage: Stage, weight_bytes: int, cache: KVCache, numerics: StageNu
         compute_dtype=name_of(numerics.compute),
         wire_dtype=name_of(numerics.wire),
         kv_dtype=name_of(cache.keys[0].dtype),
+        streamed_bytes=built.disk_weights.streamed_bytes if built.disk_weights else 0,
+        disk_bytes_per_second=built.disk_bytes_per_second,
     )
