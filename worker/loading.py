@@ -63,31 +63,19 @@ class TorchSpanLoader:
         """See SpanLoader; takes no memory for weights."""
         architecture = open_architecture(config)
         table = architecture.vocab_size * architecture.hidden_size
-        blocks = range(architecture.num_blocks)
-        built = architecture.build_block(0)  # the blocks of every family served have equal shapes
-        block, experts_key = architecture.prefix + architecture.block_key(0), f"{architecture.experts_name}."
-        count = count_weights(built, architecture.unquantized, lambda name: is_kept(config, block + name))
-        if has_plain_absmaxes(config):
-            count += WeightCount(num_small=count.num_linear // BLOCK)
-        experts = [child for name, child in built.named_modules() if name and name == architecture.experts_name]
-        expert_count = sum(
-            (count_weights(child, (), lambda name: is_kept(config, block + experts_key + name)) for child in experts),
-            WeightCount(),
-        )
-        num_experts = len(list(experts[0].children())) if experts else 0
-        num_chosen = architecture.num_chosen_experts
+        num_blocks = architecture.num_blocks
+        block, experts, num_experts = _count_block(config, architecture)
+        num_expert_rows = experts.num_rows * architecture.num_chosen_experts // max(1, num_experts)
         norm = count_weights(architecture.build_norm())
         return ModelSizes(
-            blocks=(count,) * len(blocks),
-            experts=(expert_count,) * len(blocks),
+            blocks=(block,) * num_blocks,
+            experts=(experts,) * num_blocks,
             num_experts=num_experts,
             embedding_num_parameters=table + count_weights(architecture.build_embedding()).num_parameters,
             head=norm + _count_head(config, table, architecture.vocab_size),
-            kv_elements_per_token=(2 * architecture.num_kv_heads * architecture.head_dim,) * len(blocks),
+            kv_elements_per_token=(2 * architecture.num_kv_heads * architecture.head_dim,) * num_blocks,
             hidden_size=architecture.hidden_size,
-            num_output_elements=count.num_rows
-            - expert_count.num_rows
-            + expert_count.num_rows * num_chosen // max(1, num_experts),
+            num_output_elements=block.num_rows - experts.num_rows + num_expert_rows,
             num_heads=architecture.num_heads,
             rotary_elements_per_token=2 * architecture.head_dim if architecture.rotary_class else 0,
         )
@@ -133,6 +121,19 @@ class TorchSpanLoader:
         if uses_disk(order):
             weights.stream(order, parts)
         return weights
+
+
+def _count_block(config: Mapping[str, Any], architecture: Architecture) -> tuple[WeightCount, WeightCount, int]:
+    """Return what a block has, what of that its experts have, and how many these are; all blocks have equal shapes."""
+    built, prefix = architecture.build_block(0), architecture.prefix + architecture.block_key(0)
+    count = count_weights(built, architecture.unquantized, lambda name: is_kept(config, prefix + name))
+    if has_plain_absmaxes(config):
+        count += WeightCount(num_small=count.num_linear // BLOCK)
+    if not architecture.experts_name:
+        return count, WeightCount(), 0
+    experts, experts_key = built.get_submodule(architecture.experts_name), f"{prefix}{architecture.experts_name}."
+    expert_count = count_weights(experts, (), lambda name: is_kept(config, experts_key + name))
+    return count, expert_count, len(list(experts.children()))
 
 
 def _count_head(config: Mapping[str, Any], num_parameters: int, num_rows: int) -> WeightCount:
