@@ -18,9 +18,11 @@ constexpr long PART = 4 * TILE;  // positions, as in worker/native/attention.py
 constexpr long HEADS = 8;        // that are computed at a time
 constexpr long MAX_DIM = 512;    // of a head, as in worker/native/attention.py
 #ifdef __AVX512F__
-constexpr long ROWS = 16, COLUMNS = 4, SHARED = 4;  // what registers hold the sums of: keys, vectors, heads
+constexpr long SCORED = 4;              // heads whose products with four keys registers hold
+constexpr long SUMMED = 4, COLUMNS = 4;  // heads and vectors of values whose sums registers hold
 #else
-constexpr long ROWS = 4, COLUMNS = 2, SHARED = 2;
+constexpr long SCORED = 1;
+constexpr long SUMMED = 2, COLUMNS = 2;
 #endif
 
 // One token, as the step's plan describes it.
@@ -59,50 +61,98 @@ struct Call {
   float* ends() const { return partials + num_parts * num_heads * head_dim; }
 };
 
-// Loads from a row of `head_dim` elements; what is behind its end is 0.
-template <class Element>
-Floats load_columns(const Element* row, long column, long head_dim) {
-  const long count = head_dim - column;
-  return count >= LANES ? load_wide(row + column) : load_wide_some(row + column, count);
+#ifdef __AVX512F__
+
+// Adds lanes of four vectors: four lanes of each are left.
+Wide fold_four(const Wide (&parts)[4]) {
+  Floats two[2];
+  for (long i = 0; i < 2; ++i) {
+    const Floats a = reinterpret_cast<Floats>(parts[2 * i]), b = reinterpret_cast<Floats>(parts[2 * i + 1]);
+    two[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  const Floats a = two[0], b = two[1];
+  return reinterpret_cast<Wide>(
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+      __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
 }
 
-// Returns what `sum` returns of each of sixteen vectors.
-Floats sums_of(const Floats (&parts)[LANES]) {
-  Floats eight[8], four[4], two[2];
-  for (long i = 0; i < 8; ++i) {
-    const Floats a = parts[2 * i], b = parts[2 * i + 1];
-    eight[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  }
-  for (long i = 0; i < 4; ++i) {
-    const Floats a = eight[2 * i], b = eight[2 * i + 1];
-    four[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-              __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  }
+// Adds what is left of sixteen vectors: what `sum` gives for each.
+Wide fold_rest(const Wide (&folded)[4]) {
+  Floats two[2];
   for (long i = 0; i < 2; ++i) {
-    const Floats a = four[2 * i], b = four[2 * i + 1];
+    const Floats a = reinterpret_cast<Floats>(folded[2 * i]), b = reinterpret_cast<Floats>(folded[2 * i + 1]);
     two[i] = __builtin_shufflevector(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
              __builtin_shufflevector(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
   }
-  return __builtin_shufflevector(two[0], two[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-         __builtin_shufflevector(two[0], two[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  const Floats a = two[0], b = two[1];
+  return reinterpret_cast<Wide>(
+      __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+      __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
 }
 
-// Returns the products of `query` (padded with 0) and of sixteen keys, the last of which may be one again and again.
-template <class Element>
-Floats products(const float* query, const Element* (&keys)[LANES], long head_dim) {
-  Floats sums[LANES];
-  for (long row = 0; row < LANES; row += ROWS) {
-    Floats own[ROWS] = {};
-    long column = 0;
-    for (; column + LANES <= head_dim; column += LANES)
-      for (long i = 0; i < ROWS; ++i)
-        own[i] = multiply_add(load(query + column), load_wide(keys[row + i] + column), own[i]);
-    for (long i = 0; column < head_dim && i < ROWS; ++i)
-      own[i] = multiply_add(load(query + column), load_columns(keys[row + i], column, head_dim), own[i]);
-    for (long i = 0; i < ROWS; ++i) sums[row + i] = own[i];
+#else
+
+// The same sums with half as wide registers.
+Wide fold_four(const Wide (&parts)[4]) {
+  __m256 own[4], two[2];
+  for (long i = 0; i < 4; ++i) own[i] = _mm256_add_ps(parts[i].low, parts[i].high);
+  for (long i = 0; i < 2; ++i)
+    two[i] = _mm256_add_ps(_mm256_permute2f128_ps(own[2 * i], own[2 * i + 1], 0x20),
+                           _mm256_permute2f128_ps(own[2 * i], own[2 * i + 1], 0x31));
+  return {two[0], two[1]};
+}
+
+Wide fold_rest(const Wide (&folded)[4]) {
+  __m256 two[4], one[2];
+  for (long i = 0; i < 4; ++i)
+    two[i] = _mm256_add_ps(_mm256_shuffle_ps(folded[i].low, folded[i].high, 0x44),
+                           _mm256_shuffle_ps(folded[i].low, folded[i].high, 0xee));  // by rows 0 2 | 1 3
+  for (long i = 0; i < 2; ++i) {
+    const __m256 sums = _mm256_add_ps(_mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0x88),
+                                      _mm256_shuffle_ps(two[2 * i], two[2 * i + 1], 0xdd));  // 0 2 4 6 | 1 3 5 7
+    one[i] = _mm256_permutevar8x32_ps(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
   }
-  return sums_of(sums);
+  return {one[0], one[1]};
+}
+
+#endif
+
+// Writes the products of `NUM_HEADS` queries (padded with 0) and of sixteen keys: `count`, the last again and again.
+template <long NUM_HEADS, class Element>
+void multiply(const float (*queries)[MAX_DIM], const Element* keys, long count, long head_dim, Wide* products) {
+  Wide folded[NUM_HEADS][4];
+  for (long four = 0; four < 4; ++four) {
+    const Element* rows[4];
+    for (long i = 0; i < 4; ++i) rows[i] = keys + std::min(4 * four + i, count - 1) * head_dim;
+    Wide sums[NUM_HEADS][4];
+    for (long head = 0; head < NUM_HEADS; ++head)
+      for (long i = 0; i < 4; ++i) sums[head][i] = zeros();
+    const auto add = [&](long column, auto load_key) {
+      Wide key[4];
+      for (long i = 0; i < 4; ++i) key[i] = load_key(rows[i] + column);
+      for (long head = 0; head < NUM_HEADS; ++head) {
+        const Wide query = load_wide(queries[head] + column);
+        for (long i = 0; i < 4; ++i) sums[head][i] = add_product(sums[head][i], query, key[i]);
+      }
+    };
+    const long rest = head_dim % LANES, whole = head_dim - rest;
+    for (long column = 0; column < whole; column += LANES)
+      add(column, [](const Element* from) { return load_wide(from); });
+    if (rest) add(whole, [&](const Element* from) { return load_wide_some(from, rest); });
+    for (long head = 0; head < NUM_HEADS; ++head) folded[head][four] = fold_four(sums[head]);
+  }
+  for (long head = 0; head < NUM_HEADS; ++head) products[head] = fold_rest(folded[head]);
+}
+
+// The same for any number of heads: `NUM_HEADS` at a time, and then fewer.
+template <long NUM_HEADS, class Element>
+void multiply_all(const float (*queries)[MAX_DIM], const Element* keys, long count, long head_dim, long num_heads,
+                  Wide* products) {
+  for (; num_heads >= NUM_HEADS; num_heads -= NUM_HEADS, queries += NUM_HEADS, products += NUM_HEADS)
+    multiply<NUM_HEADS>(queries, keys, count, head_dim, products);
+  if constexpr (NUM_HEADS > 1)
+    multiply_all<NUM_HEADS / 2>(queries, keys, count, head_dim, num_heads, products);
 }
 
 typedef float Scores[PART + LANES];  // of one head, from the stretch's first position, and then a vector of -infinity
@@ -111,22 +161,21 @@ typedef float Scores[PART + LANES];  // of one head, from the stretch's first po
 template <class Element>
 void score(const Call& call, const Stretch& stretch, const Element* keys, const float (*queries)[MAX_DIM],
            const float* slopes, long num_heads, Scores* scores) {
-  Ints lanes;
-  for (long i = 0; i < LANES; ++i) lanes[i] = static_cast<int32_t>(i);
+  float lanes[LANES];
   long count;
   for (long position = stretch.first; position < stretch.stop; position += count) {
     count = std::min(LANES, stretch.tile_stop(position) - position);
-    const Element* rows[LANES];
-    for (long i = 0; i < LANES; ++i)
-      rows[i] = keys + (stretch.slot(position) + std::min(i, count - 1)) * call.head_dim;
-    const Floats distance = to_floats(lanes + static_cast<int32_t>(stretch.distance + position));
+    Wide products[HEADS];
+    multiply_all<SCORED>(queries, keys + stretch.slot(position) * call.head_dim, count, call.head_dim, num_heads,
+                         products);
+    for (long i = 0; i < LANES; ++i) lanes[i] = static_cast<float>(stretch.distance + position + i);
     for (long head = 0; head < num_heads; ++head) {
-      const Floats product = products(queries[head], rows, call.head_dim);
-      store(scores[head] + position - stretch.first, slopes ? product + slopes[head] * distance : product);
+      if (slopes) products[head] = add_product(products[head], all(slopes[head]), load_wide(lanes));
+      store_wide(scores[head] + position - stretch.first, products[head]);
     }
   }
   for (long head = 0; head < num_heads; ++head)
-    store(scores[head] + stretch.stop - stretch.first, broadcast(-INFINITY));
+    store_wide(scores[head] + stretch.stop - stretch.first, all(-INFINITY));
 }
 
 // Replaces scores by their exponentials; returns the greatest score and the sum.
@@ -146,23 +195,28 @@ void exponentiate(float* scores, long count, float* greatest, float* total) {
 template <long NUM_HEADS, long NUM_COLUMNS, class Element>
 void add_columns(const Call& call, const Stretch& stretch, const Element* values, const Scores* weights, long column,
                  const float* divisors, float* out) {
-  Floats sums[NUM_HEADS][NUM_COLUMNS] = {};
+  Wide sums[NUM_HEADS][NUM_COLUMNS];
+  for (long head = 0; head < NUM_HEADS; ++head)
+    for (long c = 0; c < NUM_COLUMNS; ++c) sums[head][c] = zeros();
+  const long rest = call.head_dim - column;
   long stop;
   for (long position = stretch.first; position < stretch.stop; position = stop) {
     stop = stretch.tile_stop(position);
     const Element* row = values + stretch.slot(position) * call.head_dim;
     for (long i = position - stretch.first; i < stop - stretch.first; ++i, row += call.head_dim)
       for (long c = 0; c < NUM_COLUMNS; ++c) {
-        const Floats value = NUM_COLUMNS > 1 ? load_wide(row + column + c * LANES) : load_columns(row, column, call.head_dim);
+        const Element* from = row + column + c * LANES;
+        const Wide value = NUM_COLUMNS > 1 ? load_wide(from) : load_wide_some(from, rest);
         for (long head = 0; head < NUM_HEADS; ++head)
-          sums[head][c] = multiply_add(broadcast(weights[head][i]), value, sums[head][c]);
+          sums[head][c] = add_product(sums[head][c], all(weights[head][i]), value);
       }
   }
   for (long head = 0; head < NUM_HEADS; ++head)
     for (long c = 0; c < NUM_COLUMNS; ++c) {
+      float own[LANES];
+      store_wide(own, quotient(sums[head][c], divisors[head]));
       const long first = column + c * LANES;
-      store_some(out + head * call.head_dim + first, sums[head][c] / divisors[head],
-                 std::min(LANES, call.head_dim - first));
+      std::copy_n(own, std::min(LANES, call.head_dim - first), out + head * call.head_dim + first);
     }
 }
 
@@ -193,7 +247,7 @@ void attend(const Call& call, const Token& token, long part, const Stretch& stre
   for (long head = 0; head < num_heads; ++head)
     for (long column = 0; column < call.head_dim; column += LANES)
       store(queries[head] + column,
-            load_columns(query + head * call.query_head_stride, column, call.head_dim) * call.scale);
+            load_some(query + head * call.query_head_stride + column, call.head_dim - column) * call.scale);
   score(call, stretch, keys, queries, call.slopes ? call.slopes + first_head : nullptr, num_heads, scores);
   const long place = part * call.num_heads + first_head;
   for (long head = 0; head < num_heads; ++head) {
@@ -206,9 +260,9 @@ void attend(const Call& call, const Token& token, long part, const Stretch& stre
     }
   }
   if (token.num_parts > 1)
-    add_values<SHARED>(call, stretch, values, scores, num_heads, ones, call.partials + place * call.head_dim);
+    add_values<SUMMED>(call, stretch, values, scores, num_heads, ones, call.partials + place * call.head_dim);
   else
-    add_values<SHARED>(call, stretch, values, scores, num_heads, totals,
+    add_values<SUMMED>(call, stretch, values, scores, num_heads, totals,
                        call.out + (token.row * call.num_heads + first_head) * call.head_dim);
 }
 

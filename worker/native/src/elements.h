@@ -20,39 +20,74 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float widen(float value) { return value; }
+#ifdef __AVX512F__
 
-inline float widen(BFloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+// Sixteen floats that stay in registers: gcc keeps vectors wider than its instruction set's in memory.
+typedef __m512 Wide;
 
-inline float widen(Float16 value) { return _cvtsh_ss(value.bits); }
+inline Wide zeros() { return _mm512_setzero_ps(); }
+inline Wide all(float value) { return _mm512_set1_ps(value); }
+inline Wide add_product(Wide c, Wide a, Wide b) { return _mm512_fmadd_ps(a, b, c); }
+inline Wide quotient(Wide a, float b) { return _mm512_div_ps(a, all(b)); }
+inline void store_wide(float* to, Wide value) { _mm512_storeu_ps(to, value); }
 
-// Loads sixteen numbers.
-inline Floats load_wide(const float* from) { return load(from); }
+inline Wide load_wide(const float* from) { return _mm512_loadu_ps(from); }
 
-inline Floats load_wide(const BFloat16* from) {
+inline Wide load_wide(const BFloat16* from) {
   typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2)));
   Shorts bits;
   std::memcpy(&bits, from, sizeof bits);
-  return floats_of(__builtin_convertvector(bits, Ints) << 16);
+  return reinterpret_cast<Wide>(__builtin_convertvector(bits, Ints) << 16);
 }
 
-inline Floats load_wide(const Float16* from) {
-  Floats out;
-  for (long half = 0; half < 2; ++half) {
-    const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * half)));
-    std::memcpy(reinterpret_cast<float*>(&out) + 8 * half, &wide, sizeof wide);
-  }
-  return out;
+inline Wide load_wide(const Float16* from) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-// Loads the first `count` of sixteen; the others are 0.
+#else
+
+struct Wide {
+  __m256 low, high;
+};
+
+inline Wide zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Wide all(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+
+inline Wide add_product(Wide c, Wide a, Wide b) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+
+inline Wide quotient(Wide a, float b) {
+  return {_mm256_div_ps(a.low, _mm256_set1_ps(b)), _mm256_div_ps(a.high, _mm256_set1_ps(b))};
+}
+
+inline void store_wide(float* to, Wide value) {
+  _mm256_storeu_ps(to, value.low);
+  _mm256_storeu_ps(to + 8, value.high);
+}
+
+inline __m256 load_half(const float* from) { return _mm256_loadu_ps(from); }
+
+inline __m256 load_half(const BFloat16* from) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+
+inline __m256 load_half(const Float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
 template <class Element>
-Floats load_wide_some(const Element* from, long count) {
+Wide load_wide(const Element* from) {
+  return {load_half(from), load_half(from + 8)};
+}
+
+#endif
+
+// Loads the first `count` of sixteen, or all if that is more; the others are 0.
+template <class Element>
+Wide load_wide_some(const Element* from, long count) {
+  if (count >= LANES) return load_wide(from);
   Element some[LANES] = {};
   std::memcpy(some, from, static_cast<unsigned long>(count) * sizeof(Element));
   return load_wide(some);
