@@ -43,7 +43,8 @@ def choose_compute_dtype(
 def isa(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Name what decides the bits of a product on `device`: instruction sets and CPU vendor, or the GPU's architecture.
 
-    Our compiled kernels count, since they sum in another order than torch; the vendor counts, since MKL takes other kernels on other vendors' processors.
+    Our compiled kernels count, since they sum in another order than torch; the vendor counts, since MKL takes other
+    kernels on other vendors' processors.
     """
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)

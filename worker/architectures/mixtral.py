@@ -11,8 +11,8 @@ from transformers.activations import ACT2FN
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralRMSNorm, MixtralRotaryEmbedding
 
 from worker.architectures.base import Architecture
-from worker.rotary_attention import RotaryAttention
 from worker.gated import multiply_gated
+from worker.rotary_attention import RotaryAttention
 
 
 class Expert(nn.Module):
