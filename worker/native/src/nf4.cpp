@@ -18,9 +18,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
 
+#include "elements.h"
 #include "parallel.h"
 #include "scratch.h"
 #include "vector.h"
@@ -114,19 +114,13 @@ inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
 
 #endif
 
-// bf16 is the upper half of fp32.
-inline float to_float(uint16_t value) {
-  const uint32_t bits = static_cast<uint32_t>(value) << 16;
+inline float widen(float value) { return value; }
+
+inline float widen(BFloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
   float out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
-}
-
-inline uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 // Inputs and values as floats. Step s of a word takes nibble s, which is parameter s ^ 1 of the word's eight.
@@ -144,16 +138,11 @@ class Singles {
     sum = multiply_add(value, broadcast(x), sum);
   }
 
-  template <class Input>
-  static uint32_t lay_out(const Input* word, long step) {
-    const Input x = word[step ^ 1];
-    float value;
-    if constexpr (std::is_same_v<Input, float>)
-      value = x;
-    else
-      value = to_float(x);
+  template <class Element>
+  static uint32_t lay_out(const Element* word, long step) {
+    const float x = widen(word[step ^ 1]);
     uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
+    std::memcpy(&bits, &x, sizeof bits);
     return bits;
   }
 
@@ -169,8 +158,8 @@ class Pairs {
   static constexpr long STEPS = 4;
 
   explicit Pairs(const float* values) {
-    uint16_t twice[32];  // the upper bit of five that the lookup takes is the next nibble's
-    for (long i = 0; i < 32; ++i) twice[i] = to_bf16(values[i % 16]);
+    BFloat16 twice[32];  // the upper bit of five that the lookup takes is the next nibble's
+    for (long i = 0; i < 32; ++i) narrow(twice + i, values[i % 16]);
     std::memcpy(&values_, twice, sizeof values_);
   }
 
@@ -184,8 +173,8 @@ class Pairs {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(*input));
   }
 
-  static uint32_t lay_out(const uint16_t* word, long step) {
-    return word[step ^ 1] | static_cast<uint32_t>(word[(step + 4) ^ 1]) << 16;
+  static uint32_t lay_out(const BFloat16* word, long step) {
+    return word[step ^ 1].bits | static_cast<uint32_t>(word[(step + 4) ^ 1].bits) << 16;
   }
 
   static bool is_possible() { return __builtin_cpu_supports("avx512bf16"); }
@@ -224,22 +213,23 @@ INLINED inline void repeat(const Body& body) {
 
 // Rows `[num_rows, num_in]`, laid out as `[block][group of rows][step][row]`; the last group may have fewer rows.
 struct Inputs {
-  uint32_t* data;
+  const uint32_t* data;
   long num_rows, num_blocks;
 
+  // Tells where a group's begin.
   template <class Kind>
-  uint32_t* at(long block, long first_row) const {
-    return data + (block * num_rows + first_row) * BLOCK_WORDS * Kind::STEPS;
+  long index(long block, long first_row) const {
+    return (block * num_rows + first_row) * BLOCK_WORDS * Kind::STEPS;
   }
 };
 
-template <class Kind, class Input>
-void lay_out(const Inputs& inputs, const Input* rows, long first_block, long stop_block) {
+template <class Kind, class Element>
+void lay_out(const Inputs& inputs, uint32_t* data, const Element* rows, long first_block, long stop_block) {
   for (long block = first_block; block < stop_block; ++block) {
     for (long row = 0; row < inputs.num_rows; ++row) {
       const long first = row / GROUP * GROUP, step = std::min(GROUP, inputs.num_rows - first);
-      uint32_t* to = inputs.at<Kind>(block, first) + (row - first);
-      const Input* from = rows + (row * inputs.num_blocks + block) * BLOCK;
+      uint32_t* to = data + inputs.index<Kind>(block, first) + (row - first);
+      const Element* from = rows + (row * inputs.num_blocks + block) * BLOCK;
       for (long word = 0; word < BLOCK_WORDS; ++word, from += 8)
         for (long i = 0; i < Kind::STEPS; ++i, to += step) *to = Kind::lay_out(from, i);
     }
@@ -276,6 +266,9 @@ struct Weight {
 // Sixteen outputs; where fewer are left, the last one stands for the missing ones.
 class Tile {
  public:
+  Tile() = default;
+
+  // Decodes absmaxes too, to `[num_blocks, step]` floats from `absmax` on.
   Tile(const Weight& weight, long first, float* absmax, long step) : bytes_(LANES * BLOCK_BYTES * weight.num_blocks) {
     for (long lane = 0; lane < LANES; ++lane) {
       const long row = std::min(first + lane, weight.num_out - 1);
@@ -284,44 +277,35 @@ class Tile {
     }
   }
 
-  // Loads a block, and has the memory bring as much of the tile after next to the cache: it would not see that coming.
+  // Loads a block, and has as much of the next tile brought to the cache: sixteen rows at once are no pattern that the
+  // processor foresees.
   void load_block(long block, Ints* words) const {
-    const uint8_t* next = codes_[0] + AHEAD * bytes_ + block * LANES * BLOCK_BYTES;
-    for (long i = 0; i < LANES * BLOCK_BYTES; i += 64) __builtin_prefetch(next + i);
+    const uint8_t* next = codes_[0] + bytes_ + block * LANES * BLOCK_BYTES;
+    for (long i = 0; i < LANES * BLOCK_BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
     transpose(codes_, block * BLOCK_BYTES, words);
   }
 
  private:
-  static constexpr long AHEAD = 1;
-
   const uint8_t* codes_[LANES];
   long bytes_;
 };
 
+template <class Element>
 struct Results {
-  char* data;  // [num_rows, stride] of floats or bf16
-  const char* bias;
+  Element* data;        // [num_rows, stride]
+  const Element* bias;  // of each output, or none
   long stride;
-  bool is_bf16;
 
   void write(long row, long first, Floats sums, long count) const {
-    for (long lane = 0; lane < count; ++lane) {
-      const long at = row * stride + first + lane;
-      if (is_bf16) {
-        const float shift = bias ? to_float(reinterpret_cast<const uint16_t*>(bias)[first + lane]) : 0.0f;
-        reinterpret_cast<uint16_t*>(data)[at] = to_bf16(sums[lane] + shift);
-      } else {
-        const float shift = bias ? reinterpret_cast<const float*>(bias)[first + lane] : 0.0f;
-        reinterpret_cast<float*>(data)[at] = sums[lane] + shift;
-      }
-    }
+    Element* to = data + row * stride + first;
+    for (long i = 0; i < count; ++i) narrow(to + i, bias ? sums[i] + widen(bias[first + i]) : sums[i]);
   }
 };
 
-template <class Kind>
+template <class Kind, class Element>
 class Product {
  public:
-  Product(const Kind& kind, const Inputs& inputs, const Weight& weight, const Results& results)
+  Product(const Kind& kind, const Inputs& inputs, const Weight& weight, const Results<Element>& results)
       : kind_(kind), inputs_(inputs), weight_(weight), results_(results) {}
 
   // Computes outputs `[first, stop)`.
@@ -353,7 +337,7 @@ class Product {
 
   template <long ROWS, long BLOCKS>
   __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax, Floats* totals) const {
-    const uint32_t* input = inputs_.template at<Kind>(first, 0);
+    const uint32_t* input = inputs_.data + inputs_.template index<Kind>(first, 0);
     Ints words[BLOCKS][BLOCK_WORDS];
     for (long block = 0; block < BLOCKS; ++block) tile.load_block(first + block, words[block]);
     Floats sums[BLOCKS * ROWS] = {};
@@ -379,15 +363,15 @@ class Product {
     float* totals = absmax + weight_.num_blocks * width;
     for (; first < stop; first += width) {
       std::memset(totals, 0, static_cast<size_t>(num_rows * width) * sizeof(float));
-      const Tile tiles[] = {Tile(weight_, first, absmax, width), Tile(weight_, first + (TILES - 1) * LANES,
-                                                                     absmax + (TILES - 1) * LANES, width)};
+      Tile tiles[TILES];
+      for (long i = 0; i < TILES; ++i) tiles[i] = Tile(weight_, first + i * LANES, absmax + i * LANES, width);
       for (long block = 0; block < weight_.num_blocks; ++block) {
         alignas(64) Floats values[ITEMS][TILES];
         for (long i = 0; i < TILES; ++i) look_up_block(tiles[i], block, &values[0][i]);
         for (long row = 0; row < num_rows; row += GROUP)
           with_constant<GROUP>(std::min(GROUP, num_rows - row), [&](auto rows) {
-            multiply_group<rows.value>(values, inputs_.template at<Kind>(block, row), absmax + block * width,
-                                       totals + row * width);
+            const uint32_t* input = inputs_.data + inputs_.template index<Kind>(block, row);
+            multiply_group<rows.value>(values, input, absmax + block * width, totals + row * width);
           });
       }
       for (long row = 0; row < num_rows; ++row)
@@ -424,8 +408,15 @@ class Product {
   Kind kind_;
   const Inputs& inputs_;
   const Weight& weight_;
-  const Results& results_;
+  const Results<Element>& results_;
 };
+
+template <class Kind, class Element>
+void multiply(const Inputs& inputs, const Weight& weight, const Results<Element>& results, const float* values,
+              long num_threads) {
+  const Product<Kind, Element> product(Kind(values), inputs, weight, results);
+  in_shares(num_threads, weight.num_out, TILES * LANES, [&](long first, long stop) { product.compute(first, stop); });
+}
 
 }  // namespace
 }  // namespace spanwise
@@ -436,39 +427,40 @@ extern "C" {
 void spanwise_nf4_lay_out(void* inputs, const void* rows, int64_t num_rows, int64_t num_in, int64_t is_bf16,
                           int64_t num_threads) {
   using namespace spanwise;
-  const Inputs to = {static_cast<uint32_t*>(inputs), num_rows, num_in / BLOCK};
-  const auto floats = static_cast<const float*>(rows);
-  const auto halves = static_cast<const uint16_t*>(rows);
-  const long step = std::max(1L, (1L << 15) / (num_rows * BLOCK));  // blocks worth another thread
-  in_shares(num_threads, to.num_blocks, step, [&](long first, long stop) {
+  const Inputs layout = {nullptr, num_rows, num_in / BLOCK};
+  const auto to = static_cast<uint32_t*>(inputs);
+  const long step = std::max(1L, (1L << 15) / (num_rows * BLOCK));  // blocks that are worth another thread
+  in_shares(num_threads, layout.num_blocks, step, [&](long first, long stop) {
     if (!is_bf16)
-      lay_out<Singles>(to, floats, first, stop);
+      lay_out<Singles>(layout, to, static_cast<const float*>(rows), first, stop);
     else if (Pairs::is_possible())
-      lay_out<Pairs>(to, halves, first, stop);
+      lay_out<Pairs>(layout, to, static_cast<const BFloat16*>(rows), first, stop);
     else
-      lay_out<Singles>(to, halves, first, stop);
+      lay_out<Singles>(layout, to, static_cast<const BFloat16*>(rows), first, stop);
   });
 }
 
-// Multiplies inputs that were laid out with `num_out` outputs of a weight whose codes stand for `values`; see Weight and
-// Results.
+// Multiplies inputs that were laid out with `num_out` outputs of a weight whose codes stand for `values`; `out` and
+// `bias` are of the rows' type. See Weight and Results.
 void spanwise_nf4_multiply(void* out, const void* inputs, const void* codes, const void* absmax, const void* nested,
                            const void* map, const void* values, const void* bias, float offset, int64_t first_block,
                            int64_t num_rows, int64_t num_in, int64_t num_out, int64_t stride, int64_t is_bf16,
                            int64_t num_threads) {
   using namespace spanwise;
-  const long num_blocks = num_in / BLOCK;
-  const Inputs rows = {static_cast<uint32_t*>(const_cast<void*>(inputs)), num_rows, num_blocks};
-  const Weight weight = {static_cast<const uint8_t*>(codes), absmax, static_cast<const float*>(nested),
-                         static_cast<const float*>(map), offset, first_block, num_out, num_blocks};
-  const Results results = {static_cast<char*>(out), static_cast<const char*>(bias), stride, is_bf16 != 0};
-  const float* table = static_cast<const float*>(values);
-  in_shares(num_threads, num_out, TILES * LANES, [&](long first, long stop) {
-    if (is_bf16 && Pairs::is_possible())
-      Product(Pairs(table), rows, weight, results).compute(first, stop);
-    else
-      Product(Singles(table), rows, weight, results).compute(first, stop);
-  });
+  const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+  const Inputs rows = {static_cast<const uint32_t*>(inputs), num_rows, num_in / BLOCK};
+  const Weight weight = {static_cast<const uint8_t*>(codes), absmax, floats(nested), floats(map), offset, first_block,
+                         num_out, rows.num_blocks};
+  if (!is_bf16) {
+    multiply<Singles>(rows, weight, Results<float>{static_cast<float*>(out), floats(bias), stride}, floats(values),
+                      num_threads);
+    return;
+  }
+  const Results<BFloat16> results = {static_cast<BFloat16*>(out), static_cast<const BFloat16*>(bias), stride};
+  if (Pairs::is_possible())
+    multiply<Pairs>(rows, weight, results, floats(values), num_threads);
+  else
+    multiply<Singles>(rows, weight, results, floats(values), num_threads);
 }
 
 }  // extern "C"
