@@ -87,7 +87,7 @@ def attend(
     query = _store(query, key, value, rotary, cache, block, layout)
     keys, values = cache.keys[block], cache.values[block]
     plan = DecodePlan(others=layout.slices) if is_exact else (plans or DecodePlans()).plan(layout, query, keys, window)
-    out = query.new_empty(query.shape)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if plan.tokens is not None:
         attend_tokens(out, query, keys, values, plan.tokens, scale, alibi_slopes)
     for group in plan.groups:
