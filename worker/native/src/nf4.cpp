@@ -45,14 +45,15 @@ constexpr long TILES = 1;
 
 #if defined(__AVX512F__)
 
-// Returns the floats that the lowest nibbles stand for.
-inline Floats look_up(const Floats& values, Ints nibbles) {
-  return reinterpret_cast<Floats>(
-      _mm512_permutexvar_ps(reinterpret_cast<__m512i>(nibbles), reinterpret_cast<__m512>(values)));
+typedef __m512i Codes;  // 32 bits of each of sixteen outputs
+
+// Returns what nibble `step` of each output stands for.
+inline Wide look_up(Wide values, Codes codes, long step) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(codes, static_cast<unsigned>(4 * step)), values);
 }
 
 // Loads a block of sixteen outputs: lane n of word w gets bytes 4w to 4w+3 of output n.
-inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
+inline void transpose(const uint8_t* const* outputs, long offset, Codes* words) {
   __m512i part[8], quad[8];
   for (long i = 0; i < 8; ++i) {
     const long first = i / 4 * 8 + i % 4;
@@ -67,32 +68,30 @@ inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
     quad[i + 2] = _mm512_unpacklo_epi64(b, d), quad[i + 3] = _mm512_unpackhi_epi64(b, d);
   }
   for (long i = 0; i < 4; ++i) {
-    words[i] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88));
-    words[i + 4] = reinterpret_cast<Ints>(_mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd));
+    words[i] = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0x88);
+    words[i + 4] = _mm512_shuffle_i32x4(quad[i], quad[i + 4], 0xdd);
   }
 }
 
 #else
 
-struct Halves {
-  __m256 low, high;
+struct Codes {
+  __m256i low, high;
 };
 
-inline __m256 look_up_half(const Halves& values, __m256i nibbles) {
+inline __m256 look_up_half(Wide values, __m256i nibbles) {
   const __m256 low = _mm256_permutevar8x32_ps(values.low, nibbles);
   const __m256 high = _mm256_permutevar8x32_ps(values.high, nibbles);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(nibbles, 28)));
 }
 
-inline Floats look_up(const Floats& values, Ints nibbles) {
-  Halves table;
-  __m256i index[2];
-  std::memcpy(&table, &values, sizeof table), std::memcpy(index, &nibbles, sizeof index);
-  const Halves result = {look_up_half(table, index[0]), look_up_half(table, index[1])};
-  return load(reinterpret_cast<const float*>(&result));
+inline Wide look_up(Wide values, Codes codes, long step) {
+  const int shift = static_cast<int>(4 * step);
+  return {look_up_half(values, _mm256_srli_epi32(codes.low, shift)),
+          look_up_half(values, _mm256_srli_epi32(codes.high, shift))};
 }
 
-inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
+inline void transpose(const uint8_t* const* outputs, long offset, Codes* words) {
   for (long half = 0; half < 2; ++half) {
     __m256i part[8], quad[8];
     for (long i = 0; i < 8; ++i)
@@ -104,10 +103,8 @@ inline void transpose(const uint8_t* const* outputs, long offset, Ints* words) {
       quad[i + 2] = _mm256_unpacklo_epi64(b, d), quad[i + 3] = _mm256_unpackhi_epi64(b, d);
     }
     for (long i = 0; i < 4; ++i) {
-      const __m256i low = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
-      const __m256i high = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
-      std::memcpy(reinterpret_cast<char*>(words + i) + 32 * half, &low, 32);
-      std::memcpy(reinterpret_cast<char*>(words + i + 4) + 32 * half, &high, 32);
+      (half ? words[i].high : words[i].low) = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x20);
+      (half ? words[i + 4].high : words[i + 4].low) = _mm256_permute2x128_si256(quad[i], quad[i + 4], 0x31);
     }
   }
 }
@@ -128,14 +125,14 @@ class Singles {
  public:
   static constexpr long STEPS = 8;
 
-  explicit Singles(const float* values) : values_(load(values)) {}
+  explicit Singles(const float* values) : values_(load_wide(values)) {}
 
-  Floats take(Ints word, long step) const { return look_up(values_, word >> static_cast<int>(4 * step)); }
+  Wide take(Codes word, long step) const { return look_up(values_, word, step); }
 
-  static void add(Floats& sum, Floats value, const uint32_t* input) {
+  static void add(Wide& sum, Wide value, const uint32_t* input) {
     float x;
     std::memcpy(&x, input, sizeof x);
-    sum = multiply_add(value, broadcast(x), sum);
+    sum = add_product(sum, value, all(x));
   }
 
   template <class Element>
@@ -147,7 +144,7 @@ class Singles {
   }
 
  private:
-  Floats values_;
+  Wide values_;
 };
 
 #if defined(__AVX512F__)
@@ -163,13 +160,13 @@ class Pairs {
     std::memcpy(&values_, twice, sizeof values_);
   }
 
-  Floats take(Ints word, long step) const {
-    return reinterpret_cast<Floats>(
-        _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(word >> static_cast<int>(4 * step)), values_));
+  Wide take(Codes word, long step) const {
+    const Codes shifted = _mm512_srli_epi32(word, static_cast<unsigned>(4 * step));
+    return reinterpret_cast<Wide>(_mm512_permutexvar_epi16(shifted, values_));
   }
 
   // (In assembler, since the rest is for CPUs that lack this instruction too.)
-  static void add(Floats& sum, Floats value, const uint32_t* input) {
+  static void add(Wide& sum, Wide value, const uint32_t* input) {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(value), "m"(*input));
   }
 
@@ -279,7 +276,7 @@ class Tile {
 
   // Loads a block, and has as much of the next tile brought to the cache: sixteen rows at once are no pattern that the
   // processor foresees.
-  void load_block(long block, Ints* words) const {
+  void load_block(long block, Codes* words) const {
     const uint8_t* next = codes_[0] + bytes_ + block * LANES * BLOCK_BYTES;
     for (long i = 0; i < LANES * BLOCK_BYTES; i += 64) __builtin_prefetch(next + i, 0, 2);
     transpose(codes_, block * BLOCK_BYTES, words);
@@ -296,9 +293,11 @@ struct Results {
   const Element* bias;  // of each output, or none
   long stride;
 
-  void write(long row, long first, Floats sums, long count) const {
+  void write(long row, long first, Wide sums, long count) const {
+    float sum[LANES];
+    store_wide(sum, sums);
     Element* to = data + row * stride + first;
-    for (long i = 0; i < count; ++i) narrow(to + i, bias ? sums[i] + widen(bias[first + i]) : sums[i]);
+    for (long i = 0; i < count; ++i) narrow(to + i, bias ? sum[i] + widen(bias[first + i]) : sum[i]);
   }
 };
 
@@ -326,7 +325,7 @@ class Product {
     float* absmax = scratch(weight_.num_blocks * LANES);
     for (; first < stop; first += LANES) {
       const Tile tile(weight_, first, absmax, LANES);
-      Floats totals[ROWS] = {};
+      Wide totals[ROWS] = {};
       long block = 0;
       for (; block + AT_ONCE <= weight_.num_blocks; block += AT_ONCE)
         multiply_blocks<ROWS, AT_ONCE>(tile, block, absmax, totals);
@@ -336,23 +335,23 @@ class Product {
   }
 
   template <long ROWS, long BLOCKS>
-  __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax, Floats* totals) const {
+  __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax, Wide* totals) const {
     const uint32_t* input = inputs_.data + inputs_.template index<Kind>(first, 0);
-    Ints words[BLOCKS][BLOCK_WORDS];
+    Codes words[BLOCKS][BLOCK_WORDS];
     for (long block = 0; block < BLOCKS; ++block) tile.load_block(first + block, words[block]);
-    Floats sums[BLOCKS * ROWS] = {};
+    Wide sums[BLOCKS * ROWS] = {};
     repeat<BLOCK_WORDS>([&](auto word) INLINED {
       repeat<Kind::STEPS>([&](auto step) INLINED {
         repeat<BLOCKS>([&](auto block) INLINED {
-          const Floats value = kind_.take(words[block][word], step);
+          const Wide value = kind_.take(words[block][word], step);
           const uint32_t* x = input + (block * ITEMS + word * Kind::STEPS + step) * ROWS;
           repeat<ROWS>([&](auto row) INLINED { Kind::add(sums[block * ROWS + row], value, x + row); });
         });
       });
     });
     repeat<BLOCKS>([&](auto block) INLINED {
-      const Floats scale = load(absmax + (first + block) * LANES);
-      repeat<ROWS>([&](auto row) INLINED { totals[row] = multiply_add(scale, sums[block * ROWS + row], totals[row]); });
+      const Wide scale = load_wide(absmax + (first + block) * LANES);
+      repeat<ROWS>([&](auto row) INLINED { totals[row] = add_product(totals[row], scale, sums[block * ROWS + row]); });
     });
   }
 
@@ -366,7 +365,7 @@ class Product {
       Tile tiles[TILES];
       for (long i = 0; i < TILES; ++i) tiles[i] = Tile(weight_, first + i * LANES, absmax + i * LANES, width);
       for (long block = 0; block < weight_.num_blocks; ++block) {
-        alignas(64) Floats values[ITEMS][TILES];
+        alignas(64) Wide values[ITEMS][TILES];
         for (long i = 0; i < TILES; ++i) look_up_block(tiles[i], block, &values[0][i]);
         for (long row = 0; row < num_rows; row += GROUP)
           with_constant<GROUP>(std::min(GROUP, num_rows - row), [&](auto rows) {
@@ -375,28 +374,28 @@ class Product {
           });
       }
       for (long row = 0; row < num_rows; ++row)
-        for (long i = 0; i < TILES; ++i) write(row, first + i * LANES, load(totals + (row * TILES + i) * LANES), stop);
+        for (long i = 0; i < TILES; ++i) write(row, first + i * LANES, load_wide(totals + (row * TILES + i) * LANES), stop);
     }
   }
 
-  void look_up_block(const Tile& tile, long block, Floats* to) const {
-    Ints words[BLOCK_WORDS];
+  void look_up_block(const Tile& tile, long block, Wide* to) const {
+    Codes words[BLOCK_WORDS];
     tile.load_block(block, words);
     repeat<ITEMS>([&](auto i) INLINED { to[i * TILES] = kind_.take(words[i / Kind::STEPS], i % Kind::STEPS); });
   }
 
   template <long ROWS>
-  static __attribute__((noinline)) void multiply_group(const Floats (*values)[TILES], const uint32_t* input, const float* absmax, float* totals) {
-    Floats sums[ROWS * TILES] = {};
+  static __attribute__((noinline)) void multiply_group(const Wide (*values)[TILES], const uint32_t* input, const float* absmax, float* totals) {
+    Wide sums[ROWS * TILES] = {};
     for (long item = 0; item < ITEMS; ++item, input += ROWS)
       repeat<ROWS * TILES>([&](auto i) INLINED { Kind::add(sums[i], values[item][i % TILES], input + i / TILES); });
     repeat<ROWS * TILES>([&](auto i) INLINED {
       float* total = totals + i * LANES;
-      store(total, multiply_add(load(absmax + i % TILES * LANES), sums[i], load(total)));
+      store_wide(total, add_product(load_wide(total), load_wide(absmax + i % TILES * LANES), sums[i]));
     });
   }
 
-  void write(long row, long first, Floats sums, long stop) const {
+  void write(long row, long first, Wide sums, long stop) const {
     if (first < stop) results_.write(row, first, sums, std::min(LANES, stop - first));
   }
 
