@@ -116,6 +116,16 @@ def test_streamed_equals_resident_bit_for_bit(shape: tuple[int, int], compute: t
         assert torch.equal(streamed(x), resident(x))
 
 
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_without_compiled_kernels_tiles_are_multiplied(compute: torch.dtype) -> None:
+    weight = encode("weight", random(97, 128))
+    linear = TiledNf4Linear(cut(weight, 40), None, numerics(compute, is_exact=True))
+    x = random(5, 128, seed=3).to(compute)
+    expected = x.float() @ decode(weight).T
+    assert (linear(x).float() - expected).norm() <= 6e-3 * expected.norm()
+    assert torch.equal(linear(x[:1]), linear(x)[:1])
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from(COMPUTE), st.integers(1, 100), st.sampled_from([48, 64, 192, 100]))
 def test_exact_rows_have_the_same_bits_in_any_company(
