@@ -7,6 +7,7 @@ built is in `setup.py`: the same sources once per instruction set.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
 import sysconfig
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ Argument = Tensor | int | float | None
 _log = logging.getLogger(__name__)
 
 
+SOURCES = Path(__file__).with_name("src")
+"""Where the kernels' sources are in a clone; an installed package has none."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """Load the kernels for this CPU; None where they were not built, or where it has neither AVX-512 VNNI nor AVX2."""
@@ -27,13 +32,28 @@ def library() -> ctypes.CDLL | None:
     for name in builds:
         path = Path(__file__).with_name(f"_{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
         if path.exists():
-            return ctypes.CDLL(str(path))
+            return _open(path)
     if builds:
         _log.warning(
-            "the compiled kernels are not here, so 8-bit models compute up to two times slower: install a C++ compiler "
-            "(on Debian and Ubuntu: apt install g++) and install Spanwise again"
+            "the compiled kernels are not here, so 8-bit and 4-bit models compute up to two times slower: install a C++ "
+            "compiler (on Debian and Ubuntu: apt install g++) and install Spanwise again"
         )
     return None
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    """Load a build, unless it was made of other sources than those beside it."""
+    found = ctypes.CDLL(str(path))
+    found.spanwise_sources.restype = ctypes.c_char_p
+    if SOURCES.is_dir() and found.spanwise_sources().decode() != digest_of(SOURCES):
+        _log.warning("the compiled kernels are older than their sources and stay unused: install Spanwise again")
+        return None
+    return found
+
+
+def digest_of(sources: Path) -> str:
+    """Return what `setup.py` puts into a build."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.iterdir()))).hexdigest()
 
 
 def _builds() -> Sequence[str]:
