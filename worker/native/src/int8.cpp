@@ -25,7 +25,7 @@ constexpr float TINY = 1e-30f;
 constexpr int32_t INFINITE = 0x7f800000;      // the bits of infinity, above which those of NaN are
 constexpr long SERIAL_INPUTS = 1 << 14;       // of all rows: below that waking threads takes longer than quantizing
 #if defined(__AVX512VNNI__)
-constexpr long TILE_ROWS = 12;  // as many sums as there are registers for, beside weights and inputs
+constexpr long TILE_ROWS = 16;  // sums that stay in registers; weights are read once for all
 #else
 constexpr long TILE_ROWS = 2;
 #endif
@@ -56,7 +56,7 @@ struct Call {
   Outlier* outliers;  // room for one per quad and row
 
   long num_tiles() const { return (num_rows + TILE_ROWS - 1) / TILE_ROWS; }
-  long tile_start(long tile) const { return num_rows * tile / num_tiles(); }
+  long tile_start(long tile) const { return std::min(num_rows, tile * TILE_ROWS); }
   const float* row(long index) const { return input + index * num_columns; }
 };
 
@@ -157,17 +157,18 @@ void quantize_rows(const Call& call, long first, long stop) {
 
 using Sums = __m512i;
 
-// Multiplies a panel with a tile of NUM rows; `sums` get the 16 outputs of each row, with the weights' offset in them.
+// Multiplies a panel, which `is_new` to the cache, with a tile of NUM rows; `sums` get the 16 outputs of each row, with
+// the weights' offset in them.
 template <long NUM>
 inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const int8_t* codes, long num_quads,
-                                                    Sums* sums) {
+                                                    bool is_new, Sums* sums) {
   constexpr long STEPS = NUM >= 4 ? 1 : 4;  // quads at a time: a sum that waits for itself is slow
   Sums part[NUM * STEPS];
   for (long i = 0; i < NUM * STEPS; ++i) part[i] = _mm512_setzero_si512();
   const auto add = [&](long quad, long step) __attribute__((always_inline)) {
     const __m512i weights = _mm512_loadu_si512(panel + quad * PANEL * QUAD);
-    _mm_prefetch(reinterpret_cast<const char*>(panel + quad * PANEL * QUAD + 4096), _MM_HINT_T0);
-#pragma GCC unroll 12
+    if (is_new) _mm_prefetch(reinterpret_cast<const char*>(panel + quad * PANEL * QUAD + 4096), _MM_HINT_T0);
+#pragma GCC unroll 16
     for (long i = 0; i < NUM; ++i) {
       int32_t four;
       std::memcpy(&four, codes + (quad * NUM + i) * QUAD, QUAD);
@@ -198,7 +199,7 @@ struct Sums {
 // As above, by products of 16-bit numbers, whose sums of two are exact: those of 8-bit ones saturate without VNNI.
 template <long NUM>
 inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const int8_t* codes, long num_quads,
-                                                    Sums* sums) {
+                                                    bool, Sums* sums) {
   constexpr long PARTS = 4;  // of four outputs, two sums each
   __m256i part[NUM][PARTS];
   for (auto& row : part)
@@ -269,15 +270,16 @@ template <long NUM>
 void multiply_tile(const Call& call, long panel, long start) {
   Sums sums[NUM];
   multiply<NUM>(call.packed + panel * call.num_quads * PANEL * QUAD, call.codes + start * call.num_quads * QUAD,
-                call.num_quads, sums);
+                call.num_quads, start == 0, sums);
   for (long i = 0; i < NUM; ++i) finish(call, panel, start + i, ints_of(sums[i]));
 }
 
 using MultiplyTile = void (*)(const Call&, long, long);
 #if defined(__AVX512VNNI__)
 constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {
-    multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
-    multiply_tile<7>, multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+    multiply_tile<1>,  multiply_tile<2>,  multiply_tile<3>,  multiply_tile<4>,  multiply_tile<5>,  multiply_tile<6>,
+    multiply_tile<7>,  multiply_tile<8>,  multiply_tile<9>,  multiply_tile<10>, multiply_tile<11>, multiply_tile<12>,
+    multiply_tile<13>, multiply_tile<14>, multiply_tile<15>, multiply_tile<16>};
 #else
 constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {multiply_tile<1>, multiply_tile<2>};
 #endif
