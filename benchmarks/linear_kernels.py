@@ -21,6 +21,7 @@ from cluster.model_spec import Precision
 from measures import Round, Workload
 from peers.process import Run, answer
 from stage import STEP_TOKENS
+from worker.heap import keep_freed_memory
 from worker.linear.base import LinearNumerics, Scratch
 from worker.linear.build import build_linears
 from worker.quantization.encode import encode
@@ -78,6 +79,7 @@ def block_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 def load(config: Mapping[str, Any], kernel: str, num_threads: int) -> tuple[Mapping[str, Any], Run]:
     """Pack all layers."""
+    keep_freed_memory()  # as a worker does
     torch.set_num_threads(num_threads)
     make = KERNELS[kernel]
     blocks = [make(*shape) for _ in range(config["num_hidden_layers"]) for shape in block_shapes(config)]

@@ -22,6 +22,7 @@ from cluster.span import Span
 from measures import Round, Workload
 from peers.process import Run, answer
 from worker.executor import Executor, LoadedSpan, StageOutput
+from worker.heap import keep_freed_memory
 from worker.loading import TorchSpanLoader
 
 PAGE_SIZE = 64
@@ -164,6 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_stage(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Run]:
     """Load what the arguments say; return what to tell of it, and how to run workloads on it."""
+    keep_freed_memory()  # as a worker does
     torch.set_num_threads(arguments.threads)
     spec = resolve(arguments.model, token=find_token())
     loaded = load(
