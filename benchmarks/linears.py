@@ -82,7 +82,7 @@ class Group:
     def __init__(self, num_in: int, sizes: Sequence[int]) -> None:
         numerics = LinearNumerics(torch.float32, torch.device("cpu"), is_exact=False)
         computed = Int8Group(random_weights(num_in, sizes), [None] * len(sizes), numerics)
-        shared = SharedInput(computed.multiply)
+        shared = SharedInput(computed)
         self._layers = [SharingLinear(shared, index) for index in range(len(sizes))]
         self._num_in, self._products = num_in, computed.products
 

@@ -22,6 +22,7 @@ from worker.blocks import ExactActivation, count_weights
 from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_to_checkpoints
 from worker.checkpoint_weights import CheckpointWeights, DirectWeights, needed_names
+from worker.compiled_block import compile_block
 from worker.executor import LoadedSpan
 from worker.heap import trim_heap
 from worker.kv_cache import KVCache
@@ -219,7 +220,7 @@ class Finisher:
         if self.streams is not None and self.architecture.experts_name:
             owner: Any = block.get_submodule(self.architecture.experts_name.rpartition(".")[0])
             owner.arrivals = self.streams.expert_arrivals(name)
-        return block
+        return compile_block(block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def build_linears(
 def _build_int8(group: list[tuple[StoredWeight, Tensor | None]], numerics: LinearNumerics) -> list[nn.Module]:
     build = CompiledInt8Group if is_compiled(group[0][0], numerics) else Int8Group
     computed = build([weight for weight, _ in group], [bias for _, bias in group], numerics)
-    shared = SharedInput(computed.multiply)
+    shared = SharedInput(computed)
     return [SharingLinear(shared, index) for index in range(len(group))]
 
 

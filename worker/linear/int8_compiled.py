@@ -19,6 +19,7 @@ from worker.quantization import int8
 from worker.stored_weight import StoredWeight
 
 PANEL, QUAD = 16, 4  # outputs and inputs that are stored together
+_NONE, _RMS_NORM, _GATE = range(3)  # what the kernel does to rows first
 
 
 class CompiledInt8Group:
@@ -33,16 +34,45 @@ class CompiledInt8Group:
         self._scale = torch.cat([weight.small["scale"] for weight in weights])
         self._bias = join_biases(biases, self._sizes)
         self._packed = self._pack(weights)
-        self._linear = Kernel("int8_linear", "piippp" + "ip" + "fi")
+        self._linear = Kernel("int8_linear", "pii" + "ipf" + "pppi" + "pp" + "fi")
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """The number of outputs of each layer."""
+        return self._sizes
 
     def multiply(self, x: Tensor) -> Sequence[Tensor]:
         """Map `[..., in]` to one `[..., out]` per layer, views of one tensor."""
-        x = x.contiguous()
-        out = x.new_empty(*x.shape[:-1], self._num_out)
-        num_rows = x.numel() // self._num_columns
-        weight = (self._packed, self._scale, self._bias, self._num_out)
-        self._linear(x, num_rows, self._num_columns, *weight, out, self._threshold, torch.get_num_threads())
+        out = self._compute(x.contiguous(), _NONE)
         return torch.split(out, self._sizes, dim=-1) if len(self._sizes) > 1 else (out,)
+
+    def multiply_normed(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """Map the RMS norm of `[..., in]`, contiguous, to the outputs of all layers side by side."""
+        return self._compute(x, _RMS_NORM, weight, epsilon)
+
+    def multiply_added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Map `[..., in]`, contiguous, to `residual` `[..., out]` and what the layers make of it."""
+        return self._compute(x, _NONE, residual=residual)
+
+    def multiply_gated(self, both: Tensor, residual: Tensor) -> Tensor:
+        """As `multiply_added` for `silu(gate) * up`, given `[..., 2 * in]`: gate and up side by side."""
+        return self._compute(both, _GATE, residual=residual)
+
+    def _compute(
+        self,
+        x: Tensor,
+        prologue: int,
+        norm_weight: Tensor | None = None,
+        epsilon: float = 0.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        out = x.new_empty(*x.shape[:-1], self._num_out)
+        self._linear(
+            x, out.numel() // self._num_out, self._num_columns, prologue, norm_weight, epsilon,
+            self._packed, self._scale, self._bias, self._num_out, residual, out,
+            self._threshold, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
     def _pack(self, weights: Sequence[StoredWeight]) -> Tensor:
         pack = Kernel("int8_pack", "piiipi")

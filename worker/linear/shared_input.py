@@ -5,17 +5,25 @@ transformers' blocks call such layers one after the other with the same tensor. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor, nn
+
+
+class LinearGroup(Protocol):
+    """Layers that are computed together."""
+
+    def multiply(self, x: Tensor) -> Sequence[Tensor]:
+        """Map `[..., in]` to one result per layer."""
+        ...
 
 
 class SharedInput:
     """Keeps the results of one input until each layer has taken its own, and the input as long, to recognise it."""
 
-    def __init__(self, compute: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """`compute` maps `[..., in]` to one result per layer."""
-        self._compute = compute
+    def __init__(self, group: LinearGroup) -> None:
+        self.group = group
         self._input: Tensor | None = None
         self._results: dict[int, Tensor] = {}
 
@@ -23,7 +31,7 @@ class SharedInput:
         """Return the result of layer `index`; each is given once, so asking again computes again."""
         if x is not self._input or index not in self._results:
             self._input, self._results = None, {}
-            self._results = dict(enumerate(self._compute(x)))
+            self._results = dict(enumerate(self.group.multiply(x)))
             self._input = x
         result = self._results.pop(index)
         if not self._results:
@@ -36,8 +44,8 @@ class SharingLinear(nn.Module):
 
     def __init__(self, shared: SharedInput, index: int) -> None:
         super().__init__()
-        self._shared, self._index = shared, index
+        self.shared, self._index = shared, index
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
-        return self._shared.take(self._index, x)
+        return self.shared.take(self._index, x)

@@ -35,8 +35,8 @@ def library() -> ctypes.CDLL | None:
             return _open(path)
     if builds:
         _log.warning(
-            "the compiled kernels are not here, so 8-bit and 4-bit models compute up to two times slower: install a C++ "
-            "compiler (on Debian and Ubuntu: apt install g++) and install Spanwise again"
+            "the compiled kernels are not here, so 8-bit and 4-bit models compute up to two times slower: install a "
+            "C++ compiler (on Debian and Ubuntu: apt install g++) and install Spanwise again"
         )
     return None
 

@@ -13,6 +13,7 @@
 #include <cstddef>
 
 #include "parallel.h"
+#include "rows.h"
 #include "scratch.h"
 #include "vector.h"
 
@@ -42,12 +43,19 @@ struct Row {
   Outlier* outliers = nullptr;
 };
 
+// What happens to a row before it is quantized: a block's norm or gated activation, without a way through memory.
+enum Prologue : int64_t { NONE, RMS_NORM, GATE };
+
 struct Call {
   const float* input;
+  Prologue prologue;
+  const float* norm_weight;
+  float epsilon;
   long num_rows, num_columns, num_quads;
   const uint8_t* packed;
   const float* weight_scale;
   const float* bias;
+  const float* residual;  // what the result is added to, or null
   long num_out;
   float* out;
   float threshold;
@@ -57,7 +65,15 @@ struct Call {
 
   long num_tiles() const { return (num_rows + TILE_ROWS - 1) / TILE_ROWS; }
   long tile_start(long tile) const { return std::min(num_rows, tile * TILE_ROWS); }
-  const float* row(long index) const { return input + index * num_columns; }
+
+  // Returns a row as it is to be quantized, computed into `memory` if need be.
+  const float* row(long index, float* memory) const {
+    const float* from = input + index * num_columns * (prologue == GATE ? 2 : 1);
+    if (prologue == NONE) return from;
+    if (prologue == RMS_NORM) norm_row(from, norm_weight, epsilon, memory, num_columns);
+    if (prologue == GATE) gate_row(from, from + num_columns, memory, num_columns);
+    return memory;
+  }
 };
 
 int32_t quad_sum(int32_t digits) {
@@ -126,7 +142,9 @@ int32_t write_codes(const float* input, long count, float scale, float limit, in
 void quantize(const Call& call, long index, int8_t* codes, long stride) {
   Row& row = call.rows[index];
   row = Row{};
-  const float* input = call.row(index);
+  thread_local Scratch scratch;
+  const size_t row_bytes = static_cast<size_t>(call.num_columns) * sizeof(float);
+  const float* input = call.row(index, reinterpret_cast<float*>(scratch.take(row_bytes)));
   const int32_t bits = largest_bits(input, call.num_columns, NAN);
   if (bits >= INFINITE) {
     write_codes(input, call.num_columns, 1.0f, -1.0f, codes, stride);  // zeros, which this makes NaN:
@@ -263,6 +281,7 @@ void finish(const Call& call, long panel, long index, Ints sums) {
     out += (high * 256.0f + low) * row.outlier_scale;
   }
   if (call.bias) out += load_some(call.bias + first, count);
+  if (call.residual) out += load_some(call.residual + index * call.num_out + first, count);
   store_some(call.out + index * call.num_out + first, out, count);
 }
 
@@ -313,19 +332,26 @@ extern "C" void spanwise_int8_pack(const int8_t* rows, int64_t first_row, int64_
 }
 
 // Multiplies fp32 rows `[num_rows, num_columns]` with a packed weight; writes fp32 `[num_rows, num_out]`. `weight_scale`
-// and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers.
-extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64_t num_columns, const uint8_t* packed,
-                                     const float* weight_scale, const float* bias, int64_t num_out, float* out,
-                                     float threshold, int64_t num_threads) {
+// and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers. With RMS_NORM rows
+// are normalized first; with GATE they are `[num_rows, 2 * num_columns]`, gates and then what these are multiplied with.
+// `residual` `[num_rows, num_out]`, unless null, is added.
+extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64_t num_columns, int64_t prologue,
+                                     const float* norm_weight, float epsilon, const uint8_t* packed,
+                                     const float* weight_scale, const float* bias, int64_t num_out,
+                                     const float* residual, float* out, float threshold, int64_t num_threads) {
   thread_local Scratch scratch;
-  Call call{input, num_rows, num_columns, (num_columns + QUAD - 1) / QUAD, packed, weight_scale, bias, num_out,
-            out,   threshold, nullptr,    nullptr,                         nullptr};
-  const size_t row_bytes = static_cast<size_t>(num_rows) * sizeof(Row);
+  Call call = {};
+  call.input = input, call.num_rows = num_rows, call.num_columns = num_columns;
+  call.prologue = static_cast<Prologue>(prologue), call.norm_weight = norm_weight, call.epsilon = epsilon;
+  call.num_quads = (num_columns + QUAD - 1) / QUAD;
+  call.packed = packed, call.weight_scale = weight_scale, call.bias = bias, call.residual = residual;
+  call.num_out = num_out, call.out = out, call.threshold = threshold;
+  const size_t row_bytes = (static_cast<size_t>(num_rows) * sizeof(Row) + 63) / 64 * 64;
   const size_t code_bytes = (static_cast<size_t>(num_rows * call.num_quads * QUAD) + 63) / 64 * 64;
-  char* memory = scratch.take(row_bytes + 64 + code_bytes + code_bytes / QUAD * sizeof(Outlier));
+  char* memory = scratch.take(row_bytes + code_bytes + code_bytes / QUAD * sizeof(Outlier));
   call.codes = reinterpret_cast<int8_t*>(memory);
   call.rows = reinterpret_cast<Row*>(memory + code_bytes);
-  call.outliers = reinterpret_cast<Outlier*>(memory + code_bytes + (row_bytes + 63) / 64 * 64);
+  call.outliers = reinterpret_cast<Outlier*>(memory + code_bytes + row_bytes);
   const bool is_short = num_rows * num_columns < SERIAL_INPUTS;
   in_shares(is_short ? 1 : num_threads, num_rows, 1, [&](long first, long stop) { quantize_rows(call, first, stop); });
   in_shares(num_threads, (num_out + PANEL - 1) / PANEL, 1,
