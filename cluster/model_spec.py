@@ -130,10 +130,7 @@ class WeightCount:
 
     def resident_bytes(self, precision: Precision) -> int:
         """Return the bytes of the part when it is held in memory."""
-        laid_out = (
-            self.num_linear // 64 if precision is Precision.NF4 else 0
-        )  # products want absmaxes of 16 bits, not 8
-        return self.large_bytes(precision) + self.small_bytes(precision) + laid_out
+        return self.large_bytes(precision) + self.small_bytes(precision)
 
 
 @dataclass(frozen=True, slots=True)
