@@ -23,6 +23,7 @@ namespace {
 constexpr long PANEL = LANES, QUAD = 4, WEIGHT_ZERO = 128, INPUT_ZERO = 128;
 constexpr long LARGEST_CODE = 127, LARGEST_DIGITS = 127 * 256;
 constexpr float TINY = 1e-30f;
+constexpr long PANEL_GROUP = 4;
 constexpr int32_t INFINITE = 0x7f800000;      // the bits of infinity, above which those of NaN are
 constexpr long SERIAL_INPUTS = 1 << 14;       // of all rows: below that waking threads takes longer than quantizing
 #if defined(__AVX512VNNI__)
@@ -303,11 +304,13 @@ constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {
 constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {multiply_tile<1>, multiply_tile<2>};
 #endif
 
+// Takes panels together, so that the outputs of a row that are written at a time are adjacent, and its codes in the cache.
 void multiply_panels(const Call& call, long first, long stop) {
-  for (long panel = first; panel < stop; ++panel)
+  for (long group = first; group < stop; group += PANEL_GROUP)
     for (long tile = 0; tile < call.num_tiles(); ++tile) {
       const long start = call.tile_start(tile);
-      BY_ROWS[call.tile_start(tile + 1) - start - 1](call, panel, start);
+      const MultiplyTile multiply_tile = BY_ROWS[call.tile_start(tile + 1) - start - 1];
+      for (long panel = group; panel < std::min(stop, group + PANEL_GROUP); ++panel) multiply_tile(call, panel, start);
     }
 }
 
