@@ -7,8 +7,10 @@ the same steps as the modules that it stands for, so results are the same bit fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from worker.blocks import StepContext
@@ -38,7 +40,7 @@ class CompiledBlock(nn.Module):
         before_attention, before_mlp = self._norms
         joined = self._qkv.multiply_normed(hidden, before_attention.weight, before_attention.epsilon)
         heads = joined.view(hidden.shape[1], -1, self._head_dim)
-        query, key, value = heads.split(self._heads, dim=1)
+        query, key, value = torch.split(heads, self._heads, dim=1)
         attended = step.attend(self._number, query, key, value, scale=self._scale, window=self._window)
         hidden = self._out.multiply_added(attended.view(1, hidden.shape[1], -1), hidden)
         both = self._gate_up.multiply_normed(hidden, before_mlp.weight, before_mlp.epsilon)
@@ -61,16 +63,13 @@ def _is_fit(block: Any) -> bool:
     return all(map(_is_group, (qkv, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])))
 
 
-def _is_group(layers: list[nn.Module]) -> bool:
+def _is_group(layers: Sequence[Any]) -> bool:
     """Tell whether these are all layers of one compiled group, in this order."""
     if not all(isinstance(layer, SharingLinear) for layer in layers):
         return False
     group = layers[0].shared.group
-    return (
-        isinstance(group, CompiledInt8Group)
-        and len(group.sizes) == len(layers)
-        and all(layer.shared.group is group for layer in layers)
-    )
+    is_one = all(layer.shared.group is group for layer in layers)
+    return is_one and isinstance(group, CompiledInt8Group) and len(group.sizes) == len(layers)
 
 
 def _group(layer: Any) -> CompiledInt8Group:
