@@ -16,7 +16,6 @@ namespace {
 constexpr long TILE = 64;        // slots that lie side by side, as in worker/kv_cache.py
 constexpr long PART = 4 * TILE;  // positions, as in worker/native/attention.py
 constexpr long HEADS = 8;        // that are computed at a time
-constexpr long MAX_DIM = 512;    // of a head, as in worker/native/attention.py
 #ifdef __AVX512F__
 constexpr long SCORED = 4;              // heads whose products with four keys registers hold
 constexpr long SUMMED = 4, COLUMNS = 4;  // heads and vectors of values whose sums registers hold

@@ -12,6 +12,8 @@
 
 namespace spanwise {
 
+constexpr long MAX_DIM = 512;  // of a head, as in worker/native/attention.py
+
 struct BFloat16 {
   uint16_t bits;
 };

@@ -4,7 +4,7 @@
 // takes outliers: a row's outlier columns are few, so their 16-bit digits are multiplied column by column of the row,
 // beside the product of its other codes.
 //
-// A packed weight has a panel for 16 outputs: for every four inputs (a quad), the four weights of each output, plus 128.
+// A packed weight has a panel for 16 outputs: for every four inputs (a quad) the four weights of each output plus 128.
 // Quantized rows stand in tiles of up to TILE_ROWS rows: for every quad, the four codes of each row.
 
 #include <immintrin.h>
@@ -304,7 +304,7 @@ constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {
 constexpr MultiplyTile BY_ROWS[TILE_ROWS] = {multiply_tile<1>, multiply_tile<2>};
 #endif
 
-// Takes panels together, so that the outputs of a row that are written at a time are adjacent, and its codes in the cache.
+// Takes panels together: outputs of a row that are written at a time are adjacent, and its codes stay in the cache.
 void multiply_panels(const Call& call, long first, long stop) {
   for (long group = first; group < stop; group += PANEL_GROUP)
     for (long tile = 0; tile < call.num_tiles(); ++tile) {
@@ -334,9 +334,9 @@ extern "C" void spanwise_int8_pack(const int8_t* rows, int64_t first_row, int64_
   });
 }
 
-// Multiplies fp32 rows `[num_rows, num_columns]` with a packed weight; writes fp32 `[num_rows, num_out]`. `weight_scale`
-// and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers. With RMS_NORM rows
-// are normalized first; with GATE they are `[num_rows, 2 * num_columns]`, gates and then what these are multiplied with.
+// Multiplies fp32 rows `[num_rows, num_columns]` with a packed weight; writes fp32 `[num_rows, num_out]`. The weight's
+// scale and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers. With RMS_NORM
+// rows are normalized first; with GATE they are `[num_rows, 2 * num_columns]`: gates, then what these are multiplied by.
 // `residual` `[num_rows, num_out]`, unless null, is added.
 extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64_t num_columns, int64_t prologue,
                                      const float* norm_weight, float epsilon, const uint8_t* packed,

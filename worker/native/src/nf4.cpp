@@ -2,9 +2,9 @@
 // block of 64 parameters along a row.
 //
 // Sixteen outputs are computed at a time, one per lane. Their codes are transposed 32 bits at a time, so that a lane
-// holds eight codes of its output; shifting the words by a nibble and looking the lowest one up gives what is multiplied
-// next with one input, the same for all lanes. Inputs are laid out once in the order in which that meets them. A block's
-// products are summed in fp32 and scaled by its absmax, and blocks added up in order: so a result's bits depend neither
+// holds eight codes of its output; shifting the words by a nibble and looking the lowest one up gives what is
+// multiplied next with one input, the same for all lanes. Inputs are laid out once in the order in which that meets
+// them. A block's products are summed in fp32 and scaled by its absmax, and blocks added up in order: so a result's bits depend neither
 // on other rows, nor on threads, nor on how many outputs a call has.
 //
 // What is multiplied are floats, or pairs of bf16 where inputs are bf16 and the CPU multiplies those (avx512_bf16).
@@ -98,7 +98,8 @@ inline void transpose(const uint8_t* const* outputs, long offset, Codes* words) 
       part[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(outputs[8 * half + i] + offset));
     for (long i = 0; i < 8; i += 4) {
       const auto a = _mm256_unpacklo_epi32(part[i], part[i + 1]), b = _mm256_unpackhi_epi32(part[i], part[i + 1]);
-      const auto c = _mm256_unpacklo_epi32(part[i + 2], part[i + 3]), d = _mm256_unpackhi_epi32(part[i + 2], part[i + 3]);
+      const auto c = _mm256_unpacklo_epi32(part[i + 2], part[i + 3]);
+      const auto d = _mm256_unpackhi_epi32(part[i + 2], part[i + 3]);
       quad[i] = _mm256_unpacklo_epi64(a, c), quad[i + 1] = _mm256_unpackhi_epi64(a, c);
       quad[i + 2] = _mm256_unpacklo_epi64(b, d), quad[i + 3] = _mm256_unpackhi_epi64(b, d);
     }
@@ -174,18 +175,16 @@ class Pairs {
     return word[step ^ 1].bits | static_cast<uint32_t>(word[(step + 4) ^ 1].bits) << 16;
   }
 
-  static bool is_possible() { return __builtin_cpu_supports("avx512bf16"); }
-
  private:
   __m512i values_;
 };
 
+inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+
 #else
 
-struct Pairs : Singles {
-  using Singles::Singles;
-  static bool is_possible() { return false; }
-};
+using Pairs = Singles;
+inline bool has_pairs() { return false; }
 
 #endif
 
@@ -287,24 +286,35 @@ class Tile {
   long bytes_;
 };
 
-template <class Element>
+// Where results go: floats or bf16, as rows are.
 struct Results {
-  Element* data;        // [num_rows, stride]
-  const Element* bias;  // of each output, or none
+  void* data;        // [num_rows, stride]
+  const void* bias;  // of each output, or none
   long stride;
+  bool is_bf16;
 
   void write(long row, long first, Wide sums, long count) const {
+    if (is_bf16)
+      write_as<BFloat16>(row, first, sums, count);
+    else
+      write_as<float>(row, first, sums, count);
+  }
+
+ private:
+  template <class Element>
+  void write_as(long row, long first, Wide sums, long count) const {
     float sum[LANES];
     store_wide(sum, sums);
-    Element* to = data + row * stride + first;
-    for (long i = 0; i < count; ++i) narrow(to + i, bias ? sum[i] + widen(bias[first + i]) : sum[i]);
+    const auto* added = static_cast<const Element*>(bias);
+    Element* to = static_cast<Element*>(data) + row * stride + first;
+    for (long i = 0; i < count; ++i) narrow(to + i, added ? sum[i] + widen(added[first + i]) : sum[i]);
   }
 };
 
-template <class Kind, class Element>
+template <class Kind>
 class Product {
  public:
-  Product(const Kind& kind, const Inputs& inputs, const Weight& weight, const Results<Element>& results)
+  Product(const Kind& kind, const Inputs& inputs, const Weight& weight, const Results& results)
       : kind_(kind), inputs_(inputs), weight_(weight), results_(results) {}
 
   // Computes outputs `[first, stop)`.
@@ -335,12 +345,13 @@ class Product {
   }
 
   template <long ROWS, long BLOCKS>
-  __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax, Wide* totals) const {
+  __attribute__((noinline)) void multiply_blocks(const Tile& tile, long first, const float* absmax,
+                                                 Wide* totals) const {
     const uint32_t* input = inputs_.data + inputs_.template index<Kind>(first, 0);
     Codes words[BLOCKS][BLOCK_WORDS];
     for (long block = 0; block < BLOCKS; ++block) tile.load_block(first + block, words[block]);
     Wide sums[BLOCKS * ROWS] = {};
-    repeat<BLOCK_WORDS>([&](auto word) INLINED {
+    for (long word = 0; word < BLOCK_WORDS; ++word)
       repeat<Kind::STEPS>([&](auto step) INLINED {
         repeat<BLOCKS>([&](auto block) INLINED {
           const Wide value = kind_.take(words[block][word], step);
@@ -348,7 +359,6 @@ class Product {
           repeat<ROWS>([&](auto row) INLINED { Kind::add(sums[block * ROWS + row], value, x + row); });
         });
       });
-    });
     repeat<BLOCKS>([&](auto block) INLINED {
       const Wide scale = load_wide(absmax + (first + block) * LANES);
       repeat<ROWS>([&](auto row) INLINED { totals[row] = add_product(totals[row], scale, sums[block * ROWS + row]); });
@@ -374,7 +384,8 @@ class Product {
           });
       }
       for (long row = 0; row < num_rows; ++row)
-        for (long i = 0; i < TILES; ++i) write(row, first + i * LANES, load_wide(totals + (row * TILES + i) * LANES), stop);
+        for (long i = 0; i < TILES; ++i)
+          write(row, first + i * LANES, load_wide(totals + (row * TILES + i) * LANES), stop);
     }
   }
 
@@ -385,7 +396,8 @@ class Product {
   }
 
   template <long ROWS>
-  static __attribute__((noinline)) void multiply_group(const Wide (*values)[TILES], const uint32_t* input, const float* absmax, float* totals) {
+  static __attribute__((noinline)) void multiply_group(const Wide (*values)[TILES], const uint32_t* input,
+                                                       const float* absmax, float* totals) {
     Wide sums[ROWS * TILES] = {};
     for (long item = 0; item < ITEMS; ++item, input += ROWS)
       repeat<ROWS * TILES>([&](auto i) INLINED { Kind::add(sums[i], values[item][i % TILES], input + i / TILES); });
@@ -407,13 +419,13 @@ class Product {
   Kind kind_;
   const Inputs& inputs_;
   const Weight& weight_;
-  const Results<Element>& results_;
+  const Results& results_;
 };
 
-template <class Kind, class Element>
-void multiply(const Inputs& inputs, const Weight& weight, const Results<Element>& results, const float* values,
+template <class Kind>
+void multiply(const Inputs& inputs, const Weight& weight, const Results& results, const float* values,
               long num_threads) {
-  const Product<Kind, Element> product(Kind(values), inputs, weight, results);
+  const Product<Kind> product(Kind(values), inputs, weight, results);
   in_shares(num_threads, weight.num_out, TILES * LANES, [&](long first, long stop) { product.compute(first, stop); });
 }
 
@@ -432,7 +444,7 @@ void spanwise_nf4_lay_out(void* inputs, const void* rows, int64_t num_rows, int6
   in_shares(num_threads, layout.num_blocks, step, [&](long first, long stop) {
     if (!is_bf16)
       lay_out<Singles>(layout, to, static_cast<const float*>(rows), first, stop);
-    else if (Pairs::is_possible())
+    else if (has_pairs())
       lay_out<Pairs>(layout, to, static_cast<const BFloat16*>(rows), first, stop);
     else
       lay_out<Singles>(layout, to, static_cast<const BFloat16*>(rows), first, stop);
@@ -450,13 +462,8 @@ void spanwise_nf4_multiply(void* out, const void* inputs, const void* codes, con
   const Inputs rows = {static_cast<const uint32_t*>(inputs), num_rows, num_in / BLOCK};
   const Weight weight = {static_cast<const uint8_t*>(codes), absmax, floats(nested), floats(map), offset, first_block,
                          num_out, rows.num_blocks};
-  if (!is_bf16) {
-    multiply<Singles>(rows, weight, Results<float>{static_cast<float*>(out), floats(bias), stride}, floats(values),
-                      num_threads);
-    return;
-  }
-  const Results<BFloat16> results = {static_cast<BFloat16*>(out), static_cast<const BFloat16*>(bias), stride};
-  if (Pairs::is_possible())
+  const Results results = {out, bias, stride, is_bf16 != 0};
+  if (is_bf16 && has_pairs())
     multiply<Pairs>(rows, weight, results, floats(values), num_threads);
   else
     multiply<Singles>(rows, weight, results, floats(values), num_threads);

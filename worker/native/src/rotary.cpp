@@ -9,7 +9,6 @@
 namespace spanwise {
 namespace {
 
-constexpr long MAX_DIM = 512;              // of a head, as in worker/native/attention.py
 constexpr long MIN_ELEMENTS = 1L << 14;  // of a thread: fewer take less time than waking it
 
 // Rows of heads: `[num_tokens, num_heads, head_dim]`, with strides.
@@ -79,8 +78,8 @@ void store_all(const Call& call, void* keys, void* values, long num_tokens, long
 }  // namespace
 }  // namespace spanwise
 
-// Writes keys and values to the cache, rotated ones if `rotated` is there to take the rotated queries. `element` is what
-// the cache holds: 0 fp32, 1 bf16, 2 fp16. See Call.
+// Writes keys and values to the cache, rotated ones if `rotated` is there to take the rotated queries. `element` is
+// what the cache holds: 0 fp32, 1 bf16, 2 fp16. See Call.
 extern "C" void spanwise_store_tokens(float* rotated, const float* query, int64_t query_token_stride,
                                       int64_t query_head_stride, const float* key, int64_t key_token_stride,
                                       int64_t key_head_stride, const float* value, int64_t value_token_stride,

@@ -77,7 +77,7 @@ inline float largest(Floats value) {
   return value[0];
 }
 
-// e^x within 2 units in the last place; 0 below -87.3, infinity above 88.7, NaN for NaN.
+// e^x within 1 unit in the last place; denormal below -87.3, 0 from -104 down, infinity above 88.7, NaN for NaN.
 // Cephes' expf (https://www.netlib.org/cephes/): reduce by multiples of ln 2, then a polynomial of degree 6.
 inline Floats exponential(Floats x) {
   const Floats clamped = x > 89.0f ? broadcast(89.0f) : (x < -104.0f ? broadcast(-104.0f) : x);
