@@ -12,6 +12,9 @@ from cluster.span import Span
 SLICE_BYTES = 64 << 20
 """The most that is read from the block store at once: a slot of the ring holds it, and so does a transient copy."""
 
+GPU_SLOTS = 2
+"""Of the most that is read at once, on a GPU of a stage that streams: one being computed with, one arriving."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreOptions:

@@ -39,6 +39,8 @@ from worker.sharing.shelf import Shelf
 from worker.stage import Entrance, Exit, Stage, StageNumerics
 from worker.store.key import EMBEDDING, HEAD, block_part
 from worker.store_weights import StoreWeights, streamed_part, uses_disk, uses_store
+from worker.stream.cuda import make_copier
+from worker.stream.device_source import Copier
 from worker.stream.disk_weights import DiskWeights
 from worker.stream.opening import OpenSpan
 from worker.weights import CheckpointSource
@@ -53,10 +55,12 @@ class TorchSpanLoader:
         connect: Callable[[str], CheckpointReader] = connect_to_checkpoints,
         shelf: Shelf | None = None,
         connect_holder: Callable[[str], Holder] = connect_to_holders,
+        make_copier: Callable[[torch.device], Copier | None] = make_copier,
     ) -> None:
         """`connect` reaches the coordinator's checkpoint service, for a folder that only the head has. `shelf` is what
-        this worker offers to others, `connect_holder` reaches those."""
-        self._device = device
+        this worker offers to others, `connect_holder` reaches those. `make_copier` makes what brings streamed weights
+        to a device with memory of its own."""
+        self._device, self._make_copier = device, make_copier
         self._connect, self._connect_holder = connect, connect_holder
         self._shelf = shelf or Shelf()
 
@@ -117,7 +121,8 @@ class TorchSpanLoader:
             needed = needed_names(architecture, parts)
             checkpoint = open_source().fetch(needed.__contains__, on_progress)
             return DirectWeights(CheckpointWeights(order, architecture, checkpoint), order.precision)
-        weights = StoreWeights(order, architecture, open_source, on_progress, neighbours)
+        copier = self._make_copier(self._device) if uses_disk(order) else None
+        weights = StoreWeights(order, architecture, open_source, on_progress, neighbours, copier)
         weights.fill(parts)
         if uses_disk(order):
             weights.stream(order, parts)

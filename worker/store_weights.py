@@ -29,6 +29,7 @@ from worker.store.manifest import WeightPlace
 from worker.store.reader import PartFile
 from worker.store.verify import verify_part
 from worker.stored_weight import StoredWeight
+from worker.stream.device_source import Copier
 from worker.stream.opening import OpenSpan
 from worker.weights import CheckpointSource
 
@@ -59,9 +60,10 @@ class StoreWeights:
         open_source: Callable[[], CheckpointSource],
         on_progress: Callable[[LoadProgress], None],
         neighbours: Neighbours,
+        copier: Copier | None = None,
     ) -> None:
-        """`open_source` is called only when something is missing that no neighbour has."""
-        self._on_progress = on_progress
+        """`open_source` is called only when something is missing that no neighbour has; `copier` as in OpenSpan."""
+        self._on_progress, self._copier = on_progress, copier
         self.store = store_of(order)
         self._filler: Filler = (
             CopiedStore(order, architecture.num_blocks, self.store, open_source, self._report, neighbours)
@@ -87,7 +89,8 @@ class StoreWeights:
         shifting = [part for part in parts if part.name != EMBEDDING]
         for part in shifting:
             self._make_sure_it_opens(part)
-        self.streams = OpenSpan(order, [part.name for part in shifting], lambda name: PartFile(self.store, name))
+        names = [part.name for part in shifting]
+        self.streams = OpenSpan(order, names, lambda name: PartFile(self.store, name), copier=self._copier)
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Make what is missing. Raises ConfigurationError, and what downloading does."""

@@ -8,6 +8,7 @@ floats by bitsandbytes and multiplied by oneDNN. On CUDA bitsandbytes does it al
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -65,32 +66,38 @@ class CompiledNf4Linear(Linear):
 
 
 class CudaNf4Linear(Linear):
-    """bitsandbytes' product on CUDA; codes of a streamed weight are copied to the device piece by piece."""
+    """bitsandbytes' product on CUDA. A resident weight takes there what it takes on the disk: absmaxes are decoded when
+    they are used, on the device, as those of a streamed one."""
 
     def __init__(self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> None:
         super().__init__(weight.shape[0], bias)
         self.weight, self._numerics = weight, numerics
-        self._held = None if weight.is_streamed else [self._move(piece) for piece in weight.pieces()]
+        self._small = _move(weight.small, numerics.device)
+        self._values = torch.tensor(VALUES, device=numerics.device)
+        self._held = None if weight.is_streamed else [self._to_device(piece) for piece in weight.pieces()]
 
     def multiply(self, rows: Tensor) -> Tensor:
-        pieces = self._held if self._held is not None else map(self._move, self.weight.pieces())
-        products = [_library().matmul_4bit(rows, codes, state) for codes, state in pieces]
-        out = torch.cat(products, dim=1)
+        pieces = self._held if self._held is not None else map(self._to_device, self.weight.pieces())
+        out = rows.new_empty(rows.shape[0], self.num_out)
+        for piece in pieces:
+            product = _library().matmul_4bit(rows, piece.tensors["weight"][:, None], self._state(piece))
+            out[:, piece.first_row : piece.first_row + piece.num_rows] = product
         return out if self.bias is None else out.add_(self.bias)
 
-    def _move(self, piece: Piece) -> tuple[Tensor, Any]:
-        num_rows, num_columns, device = piece.num_rows, self.weight.shape[1], self._numerics.device
+    def _to_device(self, piece: Piece) -> Piece:
+        return Piece(piece.first_row, piece.num_rows, _move(piece.tensors, self._numerics.device))
+
+    def _state(self, piece: Piece) -> Any:
+        num_rows, num_columns = piece.num_rows, self.weight.shape[1]
         blocks = range(-(-num_rows * num_columns // BLOCK))
-        absmax = decode_absmax(piece.tensors, self.weight.small, blocks, piece.first_row * num_columns // BLOCK)
-        state = _library().functional.QuantState(
-            absmax=absmax.to(device),
+        return _library().functional.QuantState(
+            absmax=decode_absmax(piece.tensors, self._small, blocks, piece.first_row * num_columns // BLOCK),
             shape=torch.Size((num_rows, num_columns)),
-            code=torch.tensor(VALUES, device=device),
+            code=self._values,
             blocksize=BLOCK,
             quant_type="nf4",
             dtype=self._numerics.compute,
         )
-        return piece.tensors["weight"].to(device)[:, None], state
 
 
 def build_nf4(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> Linear:
@@ -100,6 +107,10 @@ def build_nf4(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumeric
     if is_possible(weight.shape[1], numerics.compute):
         return CompiledNf4Linear(weight, bias)
     return TiledNf4Linear(weight, bias, numerics)
+
+
+def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {role: tensor.to(device) for role, tensor in tensors.items()}
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -81,7 +82,10 @@ def tiles(weight: StoredWeight, num_elements: int) -> Iterator[tuple[range, Tens
 def decode_absmax(
     tensors: Mapping[str, Tensor], small: Mapping[str, Tensor], blocks: range, first_block: int
 ) -> Tensor:
-    """Return the absmaxes of a piece's `blocks` in fp32; `first_block` is the piece's first one within the weight."""
+    """Return the absmaxes of a piece's `blocks` in fp32; `first_block` is the piece's first one within the weight.
+
+    All on one device: each step rounds once, so the bits are the same on any.
+    """
     stored = tensors["absmax"][blocks.start : blocks.stop]
     if stored.dtype is torch.float32:  # of a checkpoint whose absmaxes were quantized only once
         return stored
@@ -89,7 +93,7 @@ def decode_absmax(
     nested = small["nested_absmax"][start // NESTED_BLOCK : -(-stop // NESTED_BLOCK)]
     skipped = start % NESTED_BLOCK
     factors = nested[:, None].expand(-1, NESTED_BLOCK).reshape(-1)[skipped : skipped + len(blocks)]
-    return dynamic_map().index_select(0, stored.int()).mul_(factors).add_(small["nested_offset"])
+    return _map_on(stored.device).index_select(0, stored.int()).mul_(factors).add_(small["nested_offset"])
 
 
 def rows_per_tile(num_columns: int, num_elements: int) -> int:
@@ -101,6 +105,11 @@ def rows_per_tile(num_columns: int, num_elements: int) -> int:
 def dynamic_map() -> Tensor:
     """Return what the 256 codes of an absmax mean: seven decades with ever more steps, both signs, 0 and 1."""
     return _DYNAMIC_MAP
+
+
+@cache
+def _map_on(device: torch.device) -> Tensor:
+    return _DYNAMIC_MAP.to(device)
 
 
 def _make_dynamic_map() -> Tensor:

@@ -13,6 +13,7 @@ from torch import nn
 from cluster.errors import StorageError
 from cluster.microbatch import WeightTraffic
 from worker.kv_cache import KVCache
+from worker.stream.device_source import DeviceSource
 from worker.stream.experts import ExpertCache
 from worker.stream.readers import Readers
 from worker.stream.residency import Residency
@@ -27,7 +28,7 @@ class DiskWeights:
     counters: ReadCounters
     close_files: Callable[[], None]
     repair: Callable[[StorageError], None]  # makes what could not be read again, or raises why that is not possible
-    ring: SliceRing | None = None
+    slices: SliceRing | DeviceSource | None = None  # the ring, or what a GPU has of it
     residency: Residency | None = None  # with a ring
     experts: ExpertCache | None = None
 
@@ -52,8 +53,8 @@ class DiskWeights:
 
         `resident_bytes` are those of weights that always stay in memory.
         """
-        if self.ring is not None:
-            self.ring.release()
+        if self.slices is not None:
+            self.slices.release()
         cached = self.experts.cached_bytes if self.experts is not None else 0
         resident = resident_bytes + self.shifting_bytes + cached
         return WeightTraffic(self.counters.read_bytes, self.counters.stall_ns, resident)

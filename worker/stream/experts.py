@@ -43,7 +43,9 @@ class ExpertCache:
                 f"{MIN_SLOTS} experts of this model"
             )
         self._readers, self._counters, self._clock_ns = readers, counters, clock_ns
-        self._free = make_slots(cache_bytes // slot_bytes, slot_bytes)
+        self.slots = tuple(make_slots(cache_bytes // slot_bytes, slot_bytes))
+        self._free = list(self.slots)
+        self._yielded: Extent | None = None  # and not fetched yet
         self._max_choices = AGEING_CHOICES * len(self._free)
         self._num_choices = 0
         self._uses: dict[Extent, float] = {}
@@ -71,12 +73,25 @@ class ExpertCache:
                 self._readers.wait([fill for extent, fill in self._fills.items() if extent not in pinned])
                 self._ask(wanted, pinned)
             self._await(experts[number])
+            self._yielded = experts[number]
             yield number
             pinned.discard(experts[number])
 
     def take(self, extent: Extent) -> Tensor:
         """Return the bytes of the expert that `arrivals` yielded last."""
         return self._fills[extent].slot.tensor
+
+    def fetch(self, extent: Extent) -> Tensor:
+        """As `take`, for whoever copies the bytes elsewhere."""
+        self._yielded = None
+        return self.take(extent)
+
+    def arrived(self) -> Extent | None:
+        """Return the expert that `arrivals` yielded last, until it is fetched."""
+        return self._yielded
+
+    def release(self) -> None:
+        """Do nothing: what was fetched is let go of when `arrivals` goes on."""
 
     def _count(self, extents: Iterator[Extent]) -> None:
         for extent in extents:

@@ -16,6 +16,7 @@ from cluster.load_order import LoadOrder
 from worker.store.manifest import WeightPlace
 from worker.store.reader import PartFile
 from worker.stored_weight import StoredWeight
+from worker.stream.device_source import Copier, DeviceSource, HostSource
 from worker.stream.disk_weights import DiskWeights
 from worker.stream.experts import ExpertCache
 from worker.stream.probe import ProbeResult, probe
@@ -38,12 +39,15 @@ class OpenSpan:
         parts: Sequence[str],
         open_part: Callable[[str], PartFile],
         measure: Callable[[Sequence[Path]], ProbeResult] = probe,
+        copier: Copier | None = None,
     ) -> None:
-        """`parts` are the blocks in order, then perhaps the head. Measures the disk.
+        """`parts` are the blocks in order, then perhaps the head. Measures the disk. `copier` brings what was read to
+        the device, where that has memory of its own.
 
         Raises ConfigurationError for a ring or a cache too small, StorageError for a part that is not there.
         """
-        self._order, self._open_part = order, open_part
+        self._order, self._open_part, self._copier = order, open_part, copier
+        self._on_device: list[DeviceSource] = []
         self._files: dict[str, PartFile] = {}
         self._streamed: dict[str, StreamedFile] = {}
         try:
@@ -67,6 +71,8 @@ class OpenSpan:
         self._readers = Readers(plan, name=f"stage-{self._order.stage}")
         self._ring = self._make_ring() if self._order.num_streamed else None
         self._cache = self._make_cache() if self._order.expert_cache_bytes else None
+        self._device_ring = self._make_device_source(self._ring, self._counters)
+        self._device_cache = self._make_device_source(self._cache, ReadCounters())  # the cache counts what it reads
 
     @property
     def bytes_per_second(self) -> float:
@@ -89,10 +95,11 @@ class OpenSpan:
             return file.open_weight(place)
         expert = file.manifest.slices[place.pieces[0].slice_index].expert
         if is_streamed and self._ring is not None:
-            return StreamedWeight(place, file.read_weight_small(place), self._slices[part], self._ring)
+            source = self._device_ring or self._ring
+            return StreamedWeight(place, file.read_weight_small(place), self._slices[part], source)
         if self._cache is not None and expert is not None:
             extents = (self._experts[part][expert],) * len(file.manifest.slices)
-            return StreamedWeight(place, file.read_weight_small(place), extents, self._cache)
+            return StreamedWeight(place, file.read_weight_small(place), extents, self._device_cache or self._cache)
         return file.open_weight(place)
 
     def expert_arrivals(self, part: str) -> Callable[[Sequence[int]], Iterable[int]]:
@@ -107,6 +114,8 @@ class OpenSpan:
         `build(part, is_streamed)` builds a part anew: a block, or the head's linear layer. `make_again(part, error)`
         makes a damaged part of the store again, or raises why it cannot.
         """
+        for source in self._on_device:
+            source.pin()
         residency = None
         if self._ring is not None:
             parts = [
@@ -114,13 +123,17 @@ class OpenSpan:
                 for name, file in self._files.items()
             ]
             order = self._order
-            residency = Residency(parts, len(order.span), order.num_streamed, order.memory_bytes, self._ring)
+            budget = order.memory_bytes if self._copier is None else 0  # a GPU's pages have all their memory at once
+            residency = Residency(parts, len(order.span), order.num_streamed, budget, self._ring)
             residency.start()
         repair = partial(self._repair, make_again)
-        return DiskWeights(self._readers, self._counters, self.close, repair, self._ring, residency, self._cache)
+        ring = self._device_ring or self._ring
+        return DiskWeights(self._readers, self._counters, self.close, repair, ring, residency, self._cache)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files, and end copying."""
+        for source in self._on_device:
+            source.close()
         for streamed in self._streamed.values():
             streamed.close()
         for file in self._files.values():
@@ -133,6 +146,12 @@ class OpenSpan:
         for file in failed:
             make_again(file.part, error)
             file.made_again()
+
+    def _make_device_source(self, host: HostSource | None, counters: ReadCounters) -> DeviceSource | None:
+        if host is None or self._copier is None:
+            return None
+        self._on_device.append(DeviceSource(host, self._copier, counters))
+        return self._on_device[-1]
 
     def _make_ring(self) -> SliceRing:
         slot_bytes = _largest(extent for extents in self._slices.values() for extent in extents)

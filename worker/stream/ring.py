@@ -48,7 +48,8 @@ class SliceRing:
                 f"{MIN_SLOTS} slices of this model"
             )
         self._readers, self._counters, self._clock_ns = readers, counters, clock_ns
-        self._free = make_slots(ring_bytes // slot_bytes, slot_bytes)
+        self.slots = tuple(make_slots(ring_bytes // slot_bytes, slot_bytes))
+        self._free = list(self.slots)
         self._order: tuple[Extent, ...] = ()
         self._places: dict[Extent, int] = {}
         self._next = 0  # in the order: what is read next
@@ -70,12 +71,24 @@ class SliceRing:
         An extent that is not the next one is found as well, at the cost of what was read ahead. Raises StorageError
         for bytes that are not there or not as written, StageTimeoutError when the disk hangs; the next call reads anew.
         """
-        if self._taken is None or self._taken.extent is not extent:
-            self.release()
-            self._move_to(extent)
-            self._taken = self._await_next()
-            self._counters.read_bytes += extent.num_bytes
+        if self._taken is not None and self._taken.extent is extent:
+            return self._taken.slot.tensor
+        memory = self.fetch(extent)
+        self._counters.read_bytes += extent.num_bytes
+        return memory
+
+    def fetch(self, extent: Extent) -> Tensor:
+        """As `take`, for whoever copies the bytes elsewhere, and counts what of that is used."""
+        self.release()
+        self._move_to(extent)
+        self._taken = self._await_next()
         return self._taken.slot.tensor
+
+    def arrived(self) -> Extent | None:
+        """Return the extent that comes next, if it is there."""
+        if self._ahead and self._ahead[0].is_settled and self._ahead[0].error is None:
+            return self._ahead[0].extent
+        return None
 
     def release(self) -> None:
         """Let go of what was taken; its slot is read into again."""
