@@ -94,10 +94,12 @@ class WatchedLoader:
 
     def load(self, order: LoadOrder, on_progress: Callable[[LoadProgress], None]) -> LoadedSpan:
         loaded = self._loader.load(order, on_progress)
-        return replace(loaded, executor=_WatchedExecutor(loaded.executor, partial(self._on_execute, order.stage)))
+        return replace(loaded, executor=WatchedExecutor(loaded.executor, partial(self._on_execute, order.stage)))
 
 
-class _WatchedExecutor:
+class WatchedExecutor:
+    """An executor that tells of every step before it computes it."""
+
     def __init__(self, executor: Executor, on_execute: Callable[[StepHeader], None]) -> None:
         self._executor = executor
         self._on_execute = on_execute

@@ -19,7 +19,7 @@ from cluster.errors import ConfigurationError, SpanwiseError, StageUnavailableEr
 from cluster.load_order import LoadOrder, LoadProgress, StoreOptions
 from cluster.microbatch import StepHeader
 from tests.checkpoints import make_checkpoint
-from tests.integration.local_cluster import CPU, LocalCluster, local_cluster
+from tests.integration.local_cluster import CPU, LocalCluster, WatchedExecutor, local_cluster
 from tests.worker.store.converted import fill, parts_of, start_process, stored_order
 from tests.worker.stream.disk import Disk, flip_byte
 from worker.architectures import open_architecture
@@ -53,28 +53,21 @@ class StreamingLoader(TorchSpanLoader):
         return replace(loaded, executor=_Watched(loaded.executor, self._on_failure))
 
 
-class _Watched:
-    def __init__(self, executor: Executor, on_failure: Callable[[], None]) -> None:
-        self._executor, self._on_failure = executor, on_failure
+class _Watched(WatchedExecutor):
+    """Calls `on_failure` when a step fails for its storage."""
 
-    @property
-    def num_blocks(self) -> int:
-        return self._executor.num_blocks
+    def __init__(self, executor: Executor, on_failure: Callable[[], None]) -> None:
+        super().__init__(executor, lambda _header: None)
+        self._on_failure = on_failure
 
     def execute(
         self, header: StepHeader, tensors: Mapping[str, torch.Tensor], on_block: Callable[[int], None]
     ) -> StageOutput:
         try:
-            return self._executor.execute(header, tensors, on_block)
+            return super().execute(header, tensors, on_block)
         except StorageError:
             self._on_failure()
             raise
-
-    def open_epoch(self) -> None:
-        self._executor.open_epoch()
-
-    def close(self) -> None:
-        self._executor.close()
 
 
 @pytest.fixture
