@@ -36,18 +36,10 @@ class TiledNf4Linear(Linear):
     def multiply(self, rows: Tensor) -> Tensor:
         out = rows.new_empty(rows.shape[0], self.num_out)
         for span, codes, absmax in tiles(self.weight, FLOAT_TILE_BYTES // rows.itemsize):
-            floats = self._to_floats(codes, absmax, len(span), rows.dtype)
+            floats = _to_floats(codes, absmax, len(span), self.weight.shape[1], rows.dtype)
             bias = None if self.bias is None else self.bias[span.start : span.stop]
             out[:, span.start : span.stop] = _product(rows, floats, bias)
         return out
-
-    def _to_floats(self, codes: Tensor, absmax: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
-        missing = absmax.numel() * BLOCK // 2 - codes.numel()
-        whole = functional.pad(codes, (0, missing)) if missing else codes
-        shape = (absmax.numel(), BLOCK)
-        blocks: Tensor = torch.ops.bitsandbytes.dequantize_4bit(whole, absmax, BLOCK, "nf4", shape, dtype)
-        num_columns = self.weight.shape[1]
-        return blocks.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
 
 
 class CompiledNf4Linear(Linear):
@@ -66,38 +58,40 @@ class CompiledNf4Linear(Linear):
 
 
 class CudaNf4Linear(Linear):
-    """bitsandbytes' product on CUDA. A resident weight takes there what it takes on the disk: absmaxes are decoded when
-    they are used, on the device, as those of a streamed one."""
+    """bitsandbytes' product on CUDA, for which blocks of 64 must end with rows; torch's of floats where they do not.
+
+    A resident weight takes there what it takes on the disk: absmaxes are decoded on the device when they are used, as
+    those of a streamed one.
+    """
 
     def __init__(self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> None:
         super().__init__(weight.shape[0], bias)
-        self.weight, self._numerics = weight, numerics
+        self.weight, self._device = weight, numerics.device
         self._small = _move(weight.small, numerics.device)
-        self._values = torch.tensor(VALUES, device=numerics.device)
+        self._values = torch.tensor(VALUES).to(numerics.device)
         self._held = None if weight.is_streamed else [self._to_device(piece) for piece in weight.pieces()]
+        _library()  # defines the kernels
 
     def multiply(self, rows: Tensor) -> Tensor:
         pieces = self._held if self._held is not None else map(self._to_device, self.weight.pieces())
         out = rows.new_empty(rows.shape[0], self.num_out)
         for piece in pieces:
-            product = _library().matmul_4bit(rows, piece.tensors["weight"][:, None], self._state(piece))
-            out[:, piece.first_row : piece.first_row + piece.num_rows] = product
+            out[:, piece.first_row : piece.first_row + piece.num_rows] = self._multiply(rows, piece)
         return out if self.bias is None else out.add_(self.bias)
 
-    def _to_device(self, piece: Piece) -> Piece:
-        return Piece(piece.first_row, piece.num_rows, _move(piece.tensors, self._numerics.device))
-
-    def _state(self, piece: Piece) -> Any:
-        num_rows, num_columns = piece.num_rows, self.weight.shape[1]
+    def _multiply(self, rows: Tensor, piece: Piece) -> Tensor:
+        num_rows, num_columns, codes = piece.num_rows, self.weight.shape[1], piece.tensors["weight"]
         blocks = range(-(-num_rows * num_columns // BLOCK))
-        return _library().functional.QuantState(
-            absmax=decode_absmax(piece.tensors, self._small, blocks, piece.first_row * num_columns // BLOCK),
-            shape=torch.Size((num_rows, num_columns)),
-            code=self._values,
-            blocksize=BLOCK,
-            quant_type="nf4",
-            dtype=self._numerics.compute,
-        )
+        absmax = decode_absmax(piece.tensors, self._small, blocks, piece.first_row * num_columns // BLOCK)
+        if num_columns % BLOCK:
+            return functional.linear(rows, _to_floats(codes, absmax, num_rows, num_columns, rows.dtype))
+        shape = torch.Size((num_rows, num_columns))
+        state = _library().functional.QuantState(absmax, shape, self._values, BLOCK, "nf4", rows.dtype)
+        product: Tensor = _library().matmul_4bit(rows, codes[:, None], state)
+        return product
+
+    def _to_device(self, piece: Piece) -> Piece:
+        return Piece(piece.first_row, piece.num_rows, _move(piece.tensors, self._device))
 
 
 def build_nf4(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> Linear:
@@ -107,6 +101,14 @@ def build_nf4(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumeric
     if is_possible(weight.shape[1], numerics.compute):
         return CompiledNf4Linear(weight, bias)
     return TiledNf4Linear(weight, bias, numerics)
+
+
+def _to_floats(codes: Tensor, absmax: Tensor, num_rows: int, num_columns: int, dtype: torch.dtype) -> Tensor:
+    missing = absmax.numel() * BLOCK // 2 - codes.numel()
+    whole = functional.pad(codes, (0, missing)) if missing else codes
+    shape = (absmax.numel(), BLOCK)
+    blocks: Tensor = torch.ops.bitsandbytes.dequantize_4bit(whole, absmax, BLOCK, "nf4", shape, dtype)
+    return blocks.view(-1)[: num_rows * num_columns].view(num_rows, num_columns)
 
 
 def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

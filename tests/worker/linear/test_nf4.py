@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.model_spec import Precision
 from worker.linear.base import LinearNumerics
-from worker.linear.nf4 import CompiledNf4Linear, TiledNf4Linear, build_nf4
+from worker.linear.nf4 import CompiledNf4Linear, CudaNf4Linear, TiledNf4Linear, build_nf4
 from worker.native import library as native
 from worker.quantization.nf4 import decode, encode, rows_per_tile
 from worker.stored_weight import MemoryWeight, Piece
@@ -124,6 +124,21 @@ def test_without_compiled_kernels_tiles_are_multiplied(compute: torch.dtype) -> 
     expected = x.float() @ decode(weight).T
     assert (linear(x).float() - expected).norm() <= 6e-3 * expected.norm()
     assert torch.equal(linear(x[:1]), linear(x)[:1])
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gpu_s_layer_multiplies_with_the_decoded_weight_wherever_pieces_are_cut(
+    shape: tuple[int, int], compute: torch.dtype
+) -> None:
+    weight, bias = encode("weight", random(*shape)), random(shape[0], seed=2).to(compute)
+    pieces = cut(weight, 40)
+    resident, streamed = (CudaNf4Linear(w, bias, numerics(compute)) for w in (pieces, StreamedWeight(pieces)))
+    for num_rows in (1, 16):
+        x = random(num_rows, shape[1], seed=num_rows).to(compute)
+        expected = x.float() @ decode(weight).T + bias.float()
+        assert (resident(x).float() - expected).norm() <= 6e-3 * expected.norm()
+        assert torch.equal(streamed(x), resident(x))
 
 
 @settings(max_examples=40, deadline=None)
