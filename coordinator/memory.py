@@ -3,7 +3,8 @@
 A stage holds weights, keys and values, a ring of buffers where weights are read from disk at every pass, and working
 buffers. Weights that can be streamed and keys and values share one account, between which the worker shifts: where
 blocks are streamed, there are as many pages as would fit were all of them streamed. Of a model of experts, experts
-that do not fit are read on demand and cached; everything else stays.
+that do not fit are read on demand and cached; everything else stays. A GPU's ring and cache lie in the machine's own
+memory, and what is used of them is copied.
 
 Covers arithmetic on counts; `coordinator.placement` chooses spans by it.
 """
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from cluster.load_order import SLICE_BYTES
+from cluster.load_order import GPU_SLOTS, SLICE_BYTES
 from cluster.model_spec import ModelSizes, Precision
 from cluster.placement import MemoryPlan, WorkerInfo
 from cluster.span import Span, streaming_order
@@ -22,12 +23,11 @@ from coordinator.pages import num_pages_for
 
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-GPU_SLOTS = 2  # of the ring's, on a GPU: one being used, one arriving
 MIN_RING_SLOTS, MAX_RING_SLOTS = 3, 8  # one being read, one being used, one between; more smooth a disk's pauses
 RING_SHARE = 32  # of the budget, beyond MIN_RING_SLOTS: what the ring takes, every pass has to read
 STREAMED_BUFFER_SHARE = 8  # of the budget: for the activations of a prompt that passes streamed blocks in one step
 CACHE_SHARE = 4  # of what is left goes to keys and values where it is not the worker that shifts
-MIN_EXPERTS = 2  # in the cache: one computed with, one being read
+MIN_EXPERTS = GPU_SLOTS  # in the cache: one computed with, one being read
 PADDING_BYTES = 1 << 18  # of a small slice, whose tensors are aligned
 
 SCORE_BYTES = 3 * (4 << 20)  # attention bounds its tiles of scores: these, their mask, their exponentials
@@ -119,11 +119,12 @@ class Ledger:
 
     def buffer_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the most that computing a step takes for a moment, or loading: the two never coincide."""
-        return self._buffer_bytes(span, is_resident=self.is_resident(worker, span))
+        return self._buffer_bytes(worker, span, is_resident=self.is_resident(worker, span))
 
-    def affordable_step_tokens(self, span: Span, buffer_bytes: int) -> int:
+    def affordable_step_tokens(self, worker: WorkerInfo, span: Span, buffer_bytes: int) -> int:
         """Return how many tokens a step may have for its buffers to stay within `buffer_bytes`."""
-        rest = buffer_bytes - PROCESS_BYTES - self._score_bytes() - self._logits_bytes(span)
+        fixed = self._score_bytes() + self._logits_bytes(span) + self._decoded_bytes(worker, span)
+        rest = buffer_bytes - PROCESS_BYTES - fixed
         return max(0, rest // self._bytes_per_token())
 
     def ring_bytes(self, worker: WorkerInfo, span: Span) -> int:
@@ -137,7 +138,9 @@ class Ledger:
         """Return what a worker with a GPU takes of the machine's own memory; 0 for others, whose budget that is."""
         if worker.device == "cpu":
             return 0
-        passing = 0 if self.is_resident(worker, span) else self.ring_bytes(worker, span)
+        passing = 0
+        if not self.is_resident(worker, span):
+            passing = MIN_EXPERTS * self._expert_slot_bytes() if self._has_experts else self.ring_bytes(worker, span)
         return PROCESS_BYTES + max(passing, PIECE_COPIES * self._slot_bytes(span))
 
     # --- what follows for a worker -----------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Ledger:
     def least_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the least memory that the span needs: with all that can be streamed being streamed, or with nothing
         if that is less."""
-        streamed = self._buffer_bytes(span, is_resident=False) + self.min_kv_bytes(worker, span)
+        streamed = self._buffer_bytes(worker, span, is_resident=False) + self.min_kv_bytes(worker, span)
         streamed += self.small_bytes(span) + self._stays_bytes(span) + self._ring_share(worker, span)
         return max(min(self._resident_bytes(worker, span), streamed), self._conversion_bytes(span))
 
@@ -178,7 +181,7 @@ class Ledger:
             left = room - self.weight_bytes(span)
         else:
             left = room - self._ring_share(worker, span) - self.small_bytes(span) - self._stays_bytes(span)
-            if not self._can_shift(worker):
+            if self._has_experts == (worker.device == "cpu"):  # a cache, or blocks that stay, get the rest
                 left = max(self.min_kv_bytes(worker, span), left // CACHE_SHARE)
         if self.options.kv_memory_bytes:
             left = min(left, self.options.kv_memory_bytes)
@@ -196,7 +199,7 @@ class Ledger:
         elif self._has_experts:
             streamed = self.expert_bytes(span)
             shared = large - streamed + kv_bytes
-            cache = room - shared
+            cache = room - shared if worker.device == "cpu" else self._host_cache_bytes(worker, span)
         else:
             ring = self.ring_bytes(worker, span)
             shared = room - self._ring_share(worker, span)
@@ -237,19 +240,28 @@ class Ledger:
         """Return the bytes of linear layers that are never streamed: all but experts, of which some are cached."""
         if not self._has_experts:
             return 0
+        return self.large_bytes(span) - self.expert_bytes(span) + MIN_EXPERTS * self._expert_slot_bytes()
+
+    def _expert_slot_bytes(self) -> int:
+        """Return what one expert takes in the cache."""
         all_experts = max(count.large_bytes(self.options.precision) for count in self._sizes.experts)
-        one_expert = all_experts // self._sizes.num_experts + PADDING_BYTES
-        return self.large_bytes(span) - self.expert_bytes(span) + MIN_EXPERTS * one_expert
+        return all_experts // self._sizes.num_experts + PADDING_BYTES
+
+    def _host_cache_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the experts' cache of a worker with a GPU: all of them, as far as the machine's memory goes."""
+        all_bytes = len(span) * self._sizes.num_experts * self._expert_slot_bytes()
+        return min(all_bytes, worker.free_host_bytes - PROCESS_BYTES)
 
     def _resident_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the memory that the span needs with nothing being streamed."""
-        buffers = self._buffer_bytes(span, is_resident=True)
+        buffers = self._buffer_bytes(worker, span, is_resident=True)
         return self.weight_bytes(span) + self.min_kv_bytes(worker, span) + buffers
 
-    def _buffer_bytes(self, span: Span, *, is_resident: bool) -> int:
+    def _buffer_bytes(self, worker: WorkerInfo, span: Span, *, is_resident: bool) -> int:
         """What is stored as floats and all resident is read from the checkpoint weight by weight, everything else from
         the block store piece by piece."""
         computing = self.step_tokens * self._bytes_per_token() + self._score_bytes() + self._logits_bytes(span)
+        computing += self._decoded_bytes(worker, span)
         loading = PIECE_COPIES * min(SLICE_BYTES, self._largest_part(span))
         if is_resident and not self.options.precision.is_quantized:
             loading = max(loading, WEIGHT_COPIES * self._largest_weight(span))
@@ -291,6 +303,12 @@ class Ledger:
         row_bytes = 4 * self._sizes.head.num_rows
         rows = max(self.options.max_running, self.options.max_context)
         return LOGITS_COPIES * min(rows * row_bytes, max(LOGITS_BYTES, LOGITS_TILE * row_bytes))
+
+    def _decoded_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return what a piece of a 4-bit weight becomes on a GPU before it meets many rows: floats, two per byte."""
+        if worker.device == "cpu" or self.options.precision is not Precision.NF4:
+            return 0
+        return 2 * DTYPE_BYTES.get(self.options.compute_dtype, 2) * min(SLICE_BYTES, self._largest_weight(span))
 
     def _kv_element_bytes(self, worker: WorkerInfo) -> int:
         """Return the size of a key's or value's element. "auto" is the compute dtype: fp32 on a CPU, where a CPU that

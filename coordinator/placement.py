@@ -91,9 +91,11 @@ def _affordable_tokens(worker: WorkerInfo, span: Span, ledger: Ledger) -> int:
     budget, buffers = worker.free_memory_bytes, ledger.buffer_bytes(worker, span)
     if ledger.is_resident(worker, span):
         needed = ledger.weight_bytes(span) + ledger.min_kv_bytes(worker, span)
-        return ledger.affordable_step_tokens(span, budget - needed)
+        return ledger.affordable_step_tokens(worker, span, budget - needed)
     slack = budget - ledger.least_bytes(worker, span)
-    return ledger.affordable_step_tokens(span, min(buffers + slack, max(buffers, budget // STREAMED_BUFFER_SHARE)))
+    return ledger.affordable_step_tokens(
+        worker, span, min(buffers + slack, max(buffers, budget // STREAMED_BUFFER_SHARE))
+    )
 
 
 def _by_node(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:

@@ -57,7 +57,8 @@ class StoredWeight(Protocol):
     def is_streamed(self) -> bool: ...
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield the pieces in order of their rows, on the CPU; of a streamed weight, as they arrive from the disk.
+        """Yield the pieces in order of their rows, on the CPU; those of a streamed weight as they arrive from the disk,
+        on a GPU where one multiplies with them.
 
         Raises StorageError naming the part when the disk fails or gives other bytes than were written.
         """

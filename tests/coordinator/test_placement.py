@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import ConfigurationError
+from cluster.load_order import GPU_SLOTS
 from cluster.microbatch import Epoch
 from cluster.model_spec import ModelSizes, Precision, WeightCount
 from cluster.placement import Placement, WorkerId, WorkerInfo
 from cluster.span import is_tiling, streaming_order
+from coordinator.memory import MAX_RING_SLOTS, PROCESS_BYTES
 from coordinator.placement import PlacementOptions, place
 
 GIB = 2**30
@@ -173,6 +175,25 @@ def test_a_gpu_without_host_memory_for_the_ring_is_refused_with_both_numbers() -
         place([gpu], model(32), OPTIONS)
 
 
+def test_experts_that_do_not_fit_a_gpu_are_cached_in_the_machine_s_own_memory() -> None:
+    sizes = replace(model(8), experts=(WeightCount(num_linear=2**24 * 7 // 8),) * 8, num_experts=8)
+    gpu = worker("a", GIB // 2, device="cuda:0")
+    large, small = (place([replace(gpu, free_host_bytes=size)], sizes, OPTIONS) for size in (8 * GIB, GIB // 2))
+    splits = [placement.stages[0].memory for placement in (large, small)]
+    assert [split.streamed_bytes for split in splits] == [8 * 2**26 * 7 // 8] * 2
+    assert splits[0].streamed_bytes <= splits[0].expert_cache_bytes < GIB
+    assert splits[1].expert_cache_bytes == GIB // 2 - PROCESS_BYTES
+
+
+def test_what_4_bit_weights_become_on_a_gpu_is_among_its_buffers() -> None:
+    options = replace(OPTIONS, precision=Precision.NF4)
+    on_gpu, on_cpu = (
+        place([worker("a", 8 * GIB, device=device)], model(4, block=2**27), options).stages[0].memory.buffer_bytes
+        for device in ("cuda:0", "cpu")
+    )
+    assert on_gpu - on_cpu >= 2**26 * 2  # half a block in bf16
+
+
 def test_kv_memory_too_small_for_one_context_is_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match="--kv-memory"):
         place([worker("a", 8 * GIB)], model(4), replace(OPTIONS, kv_memory_bytes=2**20))
@@ -218,8 +239,12 @@ def test_everything_planned_stays_within_the_budget_or_the_placement_is_refused(
     assert placement.num_pages >= OPTIONS.min_pages
     for plan in placement.stages:
         split = plan.memory
-        ring = split.ring_bytes if device == "cpu" else 0
-        taken = split.small_bytes + split.shared_bytes + ring + split.buffer_bytes + split.expert_cache_bytes
+        taken = split.small_bytes + split.shared_bytes + split.buffer_bytes
+        if device == "cpu":
+            taken += split.ring_bytes + split.expert_cache_bytes
+        else:  # whose ring and cache are the machine's
+            assert split.ring_bytes + split.expert_cache_bytes + PROCESS_BYTES <= plan.worker.free_host_bytes
+            taken += GPU_SLOTS * (split.ring_bytes // MAX_RING_SLOTS)
         assert taken <= split.budget_bytes == plan.worker.free_memory_bytes
         context_bytes = split.kv_bytes // placement.num_pages * OPTIONS.min_pages
         assert split.weight_bytes + context_bytes <= split.small_bytes + split.shared_bytes
