@@ -5,6 +5,8 @@ On a simulated device copies are as late as they may be, and computations are a 
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import backend_registration
 
 from cluster.load_order import StoreOptions
 from cluster.model_spec import Precision
@@ -149,6 +152,19 @@ def test_experts_on_demand_equal_resident_ones_on_a_gpu(
     folders: dict[str, Path], make_loads: Callable[..., Loads], precision: Precision
 ) -> None:
     check_experts(make_loads(folders["mixtral"], GPU, CudaCopier), precision)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="older torch")
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("llama", "bf16"), ("llama", "int8"), ("llama", "nf4"), ("bloom", "int8"), ("mixtral", "nf4")],
+)
+def test_a_stage_on_another_device_keeps_tensors_apart_and_streams_the_same_bits(name: str, precision: str) -> None:
+    command = [sys.executable, "-m", "tests.worker.separate_device", name, precision]
+    ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-4000:]
 
 
 def test_nothing_shifts_where_pages_have_all_their_memory_at_once(
