@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cluster.load_order import GPU_SLOTS
-from worker.stream.readers import Slot
+from worker.stream.readers import Slot, memory_of
 from worker.stream.ring import ReadCounters
 from worker.stream.streamed_file import Extent
 
@@ -63,7 +63,7 @@ class Copier(Protocol):
 
 
 class HostSource(Protocol):
-    """What reads extents into slots of the host's memory, all of one size."""
+    """What reads extents into slots of the host's memory, made together."""
 
     @property
     def slots(self) -> Sequence[Slot]: ...
@@ -98,15 +98,15 @@ class DeviceSource:
         """`counters` are told what is taken; it is `host` that counts stalls."""
         self._host, self._copier, self._counters = host, copier, counters
         self._free = [self._make_slot(len(host.slots[0].tensor)) for _ in range(GPU_SLOTS)]
-        self._pinned: list[Tensor] = []
+        self._pinned: Tensor | None = None
         self._taken: _Slot | None = None
         self._arriving: _Slot | None = None
 
     def pin(self) -> None:
         """Pin the host's slots. That commits their memory: what loading took must have been given back."""
-        for slot in self._host.slots:
-            self._copier.pin(slot.tensor)
-            self._pinned.append(slot.tensor)
+        whole = memory_of(self._host.slots)
+        self._copier.pin(whole)
+        self._pinned = whole
 
     def take(self, extent: Extent) -> Tensor:
         """See ExtentSource. What is computed with the bytes must have been told to the device before the next call.
@@ -130,8 +130,9 @@ class DeviceSource:
         """Wait for what is being copied, before its memory goes, and unpin the host's. Idempotent."""
         if self._arriving is not None:
             self._arriving.copied.synchronize()
-        while self._pinned:
-            self._copier.unpin(self._pinned.pop())
+        if self._pinned is not None:
+            self._copier.unpin(self._pinned)
+            self._pinned = None
 
     def _make_slot(self, num_bytes: int) -> _Slot:
         memory = self._copier.allocate(num_bytes)

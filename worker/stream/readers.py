@@ -52,6 +52,11 @@ def make_slots(num_slots: int, slot_bytes: int) -> list[Slot]:
     ]
 
 
+def memory_of(slots: Sequence[Slot]) -> Tensor:
+    """Return all memory of slots that were made together, uint8."""
+    return torch.empty(0, dtype=torch.uint8).set_(slots[0].tensor.untyped_storage())
+
+
 class Fill:
     """An extent on its way into a slot. Whoever asked for it reads only `is_settled`, then `error`."""
 
