@@ -1,14 +1,16 @@
 """Layers of 8-bit weights: their inputs become 8-bit, are multiplied in integers, and scaled.
 
-An input row is quantized by itself, symmetrically: its largest magnitude becomes 127. Inputs of at least the outlier
-threshold are taken out first, as LLM.int8 does (https://arxiv.org/abs/2208.07339), but per row rather than per column
-of all rows: neighbours never change a row. The outliers of a row become two rows of 8-bit digits, which together hold
-16 bits relative to the largest one. These go through the same product as two more rows; or, where many rows have
-outliers in few columns, unit rows go through it instead, which bring those columns of the weight, and the digits are
-multiplied with them in fp32: sums below 2^24, so exact and the same.
+An input row is quantized by itself, symmetrically: its largest magnitude becomes 127. Outliers are taken out first, as
+LLM.int8 does (https://arxiv.org/abs/2208.07339), but per row rather than per column of all rows: neighbours never change
+a row. They are the inputs of at least the outlier threshold, and those that stand out of their row by MEAN_FACTOR:
+without them small models, whose inputs seldom reach the threshold, would lose most (benchmarks/quality.py). The
+outliers of a row become two rows of 8-bit digits, which together hold 16 bits relative to the largest one. These go
+through the same product as two more rows; or, where many rows have outliers in few columns, unit rows go through it
+instead, which bring those columns of the weight, and the digits are multiplied with them in fp32: sums below 2^24, so
+exact and the same.
 
-Why a row has the same bits in any company: its codes come from elementwise operations and a maximum, neither of which
-depends on an order; products of codes are summed exactly, in integers; what follows is elementwise again, one rounding
+Why a row has the same bits in any company: its codes come from elementwise operations, a maximum and a sum of integers,
+none of which depends on an order; products of codes are summed exactly, in integers; what follows is elementwise again, one rounding
 per operation, since a fused one may round otherwise where a vector loop ends.
 
 Covers inputs and results; `worker.linear.int8_products` multiplies.
@@ -30,6 +32,8 @@ from worker.stored_weight import StoredWeight
 LARGEST_CODE = 127
 UNIT_COST = 8  # what using unit rows costs besides, in rows
 LARGEST_DIGITS = 127 * 256  # what the two digits of a row's largest outlier make
+MEAN_FACTOR = 10  # times the mean magnitude of a row: what is at least as large stands out
+MEAN_STEPS = 32767  # of a row's largest magnitude: in these its mean is measured, so that sums are those of integers
 TINY = 1e-30  # instead of a row's largest magnitude, where that is 0
 
 
@@ -58,9 +62,9 @@ class RowQuantizer:
         """`min_rows` is how many rows of codes there are to be at least. If `can_divide`, a product of a unit row
         divided by the weights' scales gives a column of the weight."""
         self._can_divide = can_divide
-        threshold = torch.tensor(numerics.outlier_threshold if numerics.outlier_threshold > 0 else torch.inf)
-        self._threshold: float = threshold.item()
-        self._below_threshold: float = threshold.nextafter(torch.zeros(())).item()
+        self._has_outliers = 0 < numerics.outlier_threshold < torch.inf
+        self._threshold = torch.tensor(numerics.outlier_threshold, dtype=torch.float32, device=numerics.device)
+        self._mean_factor = torch.tensor(MEAN_FACTOR / (MEAN_STEPS * num_columns), dtype=torch.float32)
         self._padded = torch.empty(min_rows, num_columns, dtype=torch.uint8, device=numerics.device)
         self._places = [self._padded[:num_rows] for num_rows in range(min_rows)]
         # tensors, since torch would make one of each number at each use
@@ -72,11 +76,12 @@ class RowQuantizer:
 
         What NaN or infinity is multiplied with becomes such, in its own row only.
         """
-        largest = rows.abs().amax(dim=1, keepdim=True).float()
-        magnitudes: list[list[float]] = largest.tolist()
-        if not all(TINY <= magnitude < self._threshold for (magnitude,) in magnitudes):
-            chosen = [row for row, (magnitude,) in enumerate(magnitudes) if not magnitude < self._threshold]
-            return self._take_outliers(rows.float(), largest, torch.tensor(chosen, dtype=torch.int64).to(rows.device))
+        magnitudes = rows.float().abs()
+        largest = magnitudes.amax(dim=1, keepdim=True)
+        limit = self._limit(magnitudes, largest)
+        is_chosen = (largest < limit).logical_not_()[:, 0]
+        if bool(is_chosen.any()) or bool((largest < TINY).any()):
+            return self._take_outliers(rows.float(), largest, limit, is_chosen.nonzero()[:, 0])
         scale = torch.div(largest, self._largest_code)
         shifted = self._shift(rows, scale)
         if len(rows) >= len(self._places):
@@ -84,13 +89,22 @@ class RowQuantizer:
         self._places[len(rows)].copy_(shifted)
         return QuantizedRows(self._padded, scale, None)
 
+    def _limit(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
+        """Return from what magnitude on inputs are outliers, `[num_rows, 1]`."""
+        if not self._has_outliers:
+            return torch.full_like(largest, torch.inf)
+        steps = torch.div(MEAN_STEPS, largest.clamp(min=TINY))
+        total = (magnitudes * steps).to(torch.int32).sum(dim=1, keepdim=True)
+        limit = torch.minimum(total.float() * self._mean_factor * largest, self._threshold)
+        return torch.where((largest >= TINY) & largest.isfinite(), limit, self._threshold)
+
     def _shift(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Return floats that conversion to integers, which cuts off what follows the point, makes codes."""
         return torch.div(rows, scale).add_(self._offset)
 
-    def _take_outliers(self, rows: Tensor, largest: Tensor, chosen: Tensor) -> QuantizedRows:
-        """Quantize rows whose largest magnitudes are `largest`, at least the threshold in the `chosen` ones."""
-        others = functional.hardshrink(rows, self._below_threshold)  # zeros except for outliers
+    def _take_outliers(self, rows: Tensor, largest: Tensor, limit: Tensor, chosen: Tensor) -> QuantizedRows:
+        """Quantize rows whose largest magnitudes are `largest`, at least the limit in the `chosen` ones."""
+        others = torch.where(rows.abs() >= limit, rows, 0.0)
         ordinary = rows - others
         scale = ordinary.abs().amax(dim=1, keepdim=True).clamp_(min=TINY).div_(self._largest_code)
         codes = self._shift(ordinary, scale).to(torch.uint8)

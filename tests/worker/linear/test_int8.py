@@ -178,6 +178,17 @@ def test_outliers_keep_their_precision_and_leave_the_others_theirs() -> None:
     assert errors[6.0] < errors[0.0] / 50
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_what_stands_out_of_its_row_keeps_its_precision_below_the_threshold_too(path: str) -> None:
+    weight, x = stored(300, 512), random(4, 512, seed=2) / 100
+    x[1:, 7], x[2:, 100] = 3.0, -5.0
+    dense = weight.held[0].tensors["weight"].double() * weight.small["scale"].double()[:, None]
+    (layer,) = build(path, [weight])
+    x[:, 7] += 1e-3  # which 8 bits of the row would lose
+    errors = (layer(x) - x.double() @ dense.T).norm(dim=1)
+    assert (errors[1:] < 1.5 * errors[0]).all()
+
+
 def test_rows_of_zeros_give_the_bias() -> None:
     bias = random(40, seed=3)
     (layer,) = build("resident", [stored(40, 64)], [bias])

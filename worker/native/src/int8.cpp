@@ -23,6 +23,7 @@ namespace {
 constexpr long PANEL = LANES, QUAD = 4, WEIGHT_ZERO = 128, INPUT_ZERO = 128;
 constexpr long LARGEST_CODE = 127, LARGEST_DIGITS = 127 * 256;
 constexpr float TINY = 1e-30f;
+constexpr double MEAN_FACTOR = 10, MEAN_STEPS = 32767;  // see MEAN_FACTOR in worker/linear/int8.py
 constexpr long PANEL_GROUP = 4;
 constexpr int32_t INFINITE = 0x7f800000;      // the bits of infinity, above which those of NaN are
 constexpr long SERIAL_INPUTS = 1 << 14;       // of all rows: below that waking threads takes longer than quantizing
@@ -59,7 +60,8 @@ struct Call {
   const float* residual;  // what the result is added to, or null
   long num_out;
   float* out;
-  float threshold;
+  float threshold;    // infinity: there are no outliers
+  float mean_factor;  // what makes a row's limit of its mean magnitude in steps
   int8_t* codes;
   Row* rows;
   Outlier* outliers;  // room for one per quad and row
@@ -104,13 +106,31 @@ float float_of(int32_t bits) {
 
 int8_t digit(int32_t whole) { return static_cast<int8_t>((whole & 255) - INPUT_ZERO); }
 
+bool is_any(Ints mask) {
+  int32_t any = 0;
+  for (long lane = 0; lane < LANES; ++lane) any |= mask[lane];
+  return any != 0;
+}
+
+// From what magnitude on inputs of a row are outliers, given its largest one.
+float outlier_limit(const Call& call, const float* input, float largest) {
+  if (call.threshold == INFINITY || largest < TINY) return call.threshold;
+  const float steps = static_cast<float>(MEAN_STEPS) / largest;
+  Ints total = {};
+  for (long i = 0; i < call.num_columns; i += LANES)
+    total += cut_off(magnitude(load_some(input + i, call.num_columns - i)) * steps);
+  int64_t sum = 0;
+  for (long lane = 0; lane < LANES; ++lane) sum += total[lane];
+  return std::min(static_cast<float>(sum) * call.mean_factor * largest, call.threshold);
+}
+
 // Lists the outliers of a quad.
-void add_outliers(const Call& call, Row& row, const float* input, long quad) {
+void add_outliers(const Call& call, Row& row, const float* input, float limit, long quad) {
   int8_t high[QUAD] = {}, low[QUAD] = {};
   bool is_any = false;
   for (long i = 0; i < QUAD && quad * QUAD + i < call.num_columns; ++i) {
     const float x = input[quad * QUAD + i];
-    if (!(std::fabs(x) >= call.threshold)) continue;
+    if (!(std::fabs(x) >= limit)) continue;
     const int32_t whole = static_cast<int32_t>(x / row.outlier_scale + (257 * INPUT_ZERO + 0.5f));
     high[i] = digit(whole >> 8), low[i] = digit(whole), is_any = true;
   }
@@ -153,14 +173,18 @@ void quantize(const Call& call, long index, int8_t* codes, long stride) {
     return;
   }
   float largest = float_of(bits);
-  if (largest >= call.threshold) {
+  const float limit = outlier_limit(call, input, largest);
+  if (largest >= limit) {
     row.outliers = call.outliers + index * call.num_quads;
     row.outlier_scale = largest / LARGEST_DIGITS;
-    for (long quad = 0; quad < call.num_quads; ++quad) add_outliers(call, row, input, quad);
-    largest = float_of(largest_bits(input, call.num_columns, call.threshold));
+    for (long i = 0; i < call.num_columns; i += LANES)
+      if (is_any(magnitude(load_some(input + i, call.num_columns - i)) >= limit))
+        for (long quad = i / QUAD; quad < std::min(call.num_quads, (i + LANES) / QUAD); ++quad)
+          add_outliers(call, row, input, limit, quad);
+    largest = float_of(largest_bits(input, call.num_columns, limit));
   }
   row.scale = (largest < TINY ? TINY : largest) / LARGEST_CODE;
-  row.sum = write_codes(input, call.num_columns, row.scale, call.threshold, codes, stride);
+  row.sum = write_codes(input, call.num_columns, row.scale, limit, codes, stride);
 }
 
 void quantize_rows(const Call& call, long first, long stop) {
@@ -248,20 +272,30 @@ Ints ints_of(const Sums& sums) { return sums.value; }
 
 #endif
 
-// Returns what `digits` of some quads make with a panel's weights, whose offset is in it.
-Ints multiply_digits(const uint8_t* panel, const Row& row, int32_t Outlier::* digits) {
-  Ints total = {};
-  for (long o = 0; o < row.num_outliers; ++o) {
-    const uint8_t* weights = panel + row.outliers[o].quad * PANEL * QUAD;
+struct Digits {
+  Ints high, low;
+};
+
+// Returns what a row's outliers make with a panel's weights, whose offset is in it.
+Digits multiply_outliers(const uint8_t* panel, const Row& row) {
+  Digits total = {};
+  for (const Outlier* one = row.outliers; one < row.outliers + row.num_outliers; ++one) {
+    const uint8_t* weights = panel + one->quad * PANEL * QUAD;
 #if defined(__AVX512VNNI__)
-    const __m512i four = _mm512_set1_epi32(row.outliers[o].*digits);
-    total = ints_of(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(total), _mm512_loadu_si512(weights), four));
+    const auto add = [&](Ints sums, int32_t digits) {
+      return ints_of(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), _mm512_loadu_si512(weights),
+                                         _mm512_set1_epi32(digits)));
+    };
 #else
-    int8_t four[QUAD];
-    std::memcpy(four, &(row.outliers[o].*digits), QUAD);
-    for (long lane = 0; lane < PANEL; ++lane)
-      for (long i = 0; i < QUAD; ++i) total[lane] += weights[lane * QUAD + i] * four[i];
+    const auto add = [&](Ints sums, int32_t digits) {
+      int8_t four[QUAD];
+      std::memcpy(four, &digits, QUAD);
+      for (long lane = 0; lane < PANEL; ++lane)
+        for (long i = 0; i < QUAD; ++i) sums[lane] += weights[lane * QUAD + i] * four[i];
+      return sums;
+    };
 #endif
+    total = {add(total.high, one->high), add(total.low, one->low)};
   }
   return total;
 }
@@ -277,8 +311,9 @@ void finish(const Call& call, long panel, long index, Ints sums) {
   Floats out = without_offset(sums, row.sum) * scale * row.scale;
   if (row.num_outliers) {
     const uint8_t* weights = call.packed + panel * call.num_quads * PANEL * QUAD;
-    const Floats high = without_offset(multiply_digits(weights, row, &Outlier::high), row.high_sum) * scale;
-    const Floats low = without_offset(multiply_digits(weights, row, &Outlier::low), row.low_sum) * scale;
+    const Digits digits = multiply_outliers(weights, row);
+    const Floats high = without_offset(digits.high, row.high_sum) * scale;
+    const Floats low = without_offset(digits.low, row.low_sum) * scale;
     out += (high * 256.0f + low) * row.outlier_scale;
   }
   if (call.bias) out += load_some(call.bias + first, count);
@@ -335,7 +370,7 @@ extern "C" void spanwise_int8_pack(const int8_t* rows, int64_t first_row, int64_
 }
 
 // Multiplies fp32 rows `[num_rows, num_columns]` with a packed weight; writes fp32 `[num_rows, num_out]`. The weight's
-// scale and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers. With RMS_NORM
+// scale and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers, infinity: none. With RMS_NORM
 // rows are normalized first; with GATE they are `[num_rows, 2 * num_columns]`: gates, then what these are multiplied by.
 // `residual` `[num_rows, num_out]`, unless null, is added.
 extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64_t num_columns, int64_t prologue,
@@ -349,6 +384,7 @@ extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64
   call.num_quads = (num_columns + QUAD - 1) / QUAD;
   call.packed = packed, call.weight_scale = weight_scale, call.bias = bias, call.residual = residual;
   call.num_out = num_out, call.out = out, call.threshold = threshold;
+  call.mean_factor = static_cast<float>(MEAN_FACTOR / (MEAN_STEPS * static_cast<double>(num_columns)));
   const size_t row_bytes = (static_cast<size_t>(num_rows) * sizeof(Row) + 63) / 64 * 64;
   const size_t code_bytes = (static_cast<size_t>(num_rows * call.num_quads * QUAD) + 63) / 64 * 64;
   char* memory = scratch.take(row_bytes + code_bytes + code_bytes / QUAD * sizeof(Outlier));
