@@ -24,7 +24,8 @@ SCRATCH_BYTES = 4 << 20  # of upcast weights at a time; oneDNN's cost per call o
 
 
 class PlainLinear(Linear):
-    """torch's own product, for devices without oneDNN. A streamed weight is copied to the device piece by piece."""
+    """torch's own product, for devices without oneDNN. Pieces of a streamed weight are on the device when they come, or
+    are copied there."""
 
     def __init__(self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics) -> None:
         super().__init__(weight.shape[0], bias)
