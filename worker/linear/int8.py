@@ -1,17 +1,17 @@
 """Layers of 8-bit weights: their inputs become 8-bit, are multiplied in integers, and scaled.
 
-An input row is quantized by itself, symmetrically: its largest magnitude becomes 127. Outliers are taken out first, as
-LLM.int8 does (https://arxiv.org/abs/2208.07339), but per row rather than per column of all rows: neighbours never change
-a row. They are the inputs of at least the outlier threshold, and those that stand out of their row by MEAN_FACTOR:
-without them small models, whose inputs seldom reach the threshold, would lose most (benchmarks/quality.py). The
-outliers of a row become two rows of 8-bit digits, which together hold 16 bits relative to the largest one. These go
-through the same product as two more rows; or, where many rows have outliers in few columns, unit rows go through it
-instead, which bring those columns of the weight, and the digits are multiplied with them in fp32: sums below 2^24, so
-exact and the same.
+An input row is quantized by itself, symmetrically: its largest magnitude becomes 127. Outliers are taken out first,
+as LLM.int8 does (https://arxiv.org/abs/2208.07339), but per row rather than per column of all rows: neighbours never
+change a row. They are the inputs of at least the outlier threshold, and those that stand out of their row by
+MEAN_FACTOR: without them small models, whose inputs seldom reach the threshold, would lose most
+(benchmarks/quality.py). The outliers of a row become two rows of 8-bit digits, which together hold 16 bits relative
+to the largest one. These go through the same product as two more rows; or, where many rows have outliers in few
+columns, unit rows go through it instead, which bring those columns of the weight, and the digits are multiplied with
+them in fp32: sums below 2^24, so exact and the same.
 
-Why a row has the same bits in any company: its codes come from elementwise operations, a maximum and a sum of integers,
-none of which depends on an order; products of codes are summed exactly, in integers; what follows is elementwise again, one rounding
-per operation, since a fused one may round otherwise where a vector loop ends.
+Why a row has the same bits in any company: its codes come from elementwise operations, a maximum and a sum of
+integers, none of which depends on an order; products of codes are summed exactly, in integers; what follows is
+elementwise again, one rounding per operation, since a fused one may round otherwise where a vector loop ends.
 
 Covers inputs and results; `worker.linear.int8_products` multiplies.
 """
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from worker.linear.base import LinearNumerics
 from worker.linear.int8_products import EXACT_COLUMNS, ZERO_POINT, choose_products
