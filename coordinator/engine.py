@@ -64,6 +64,7 @@ class Engine:
         self._is_broken = False
         self._flight = flight
         self._repair: asyncio.Task[None] | None = None
+        self._gathering: asyncio.TimerHandle | None = None
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +170,8 @@ class Engine:
 
     async def close(self) -> None:
         """Wait for a repair under way to end."""
+        if self._gathering is not None:
+            self._gathering.cancel()
         if self._repair is not None:
             self._repair.cancel()
             await asyncio.gather(self._repair, return_exceptions=True)
@@ -184,6 +187,11 @@ class Engine:
         self._flight.note_sent(instruction.header.step_id, self._clock.now())
         self._pipeline.send(instruction.header)
         self.board.count_tokens(prompt=_num_prompt_tokens(instruction), output=0)
+
+    @_perform.register
+    def _(self, instruction: events.GatherRequests) -> None:
+        loop = asyncio.get_running_loop()
+        self._gathering = loop.call_later(instruction.seconds, self.post, events.GatheringEnded())
 
     @_perform.register
     def _(self, instruction: events.EmitTokens) -> None:

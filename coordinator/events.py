@@ -68,6 +68,11 @@ class EpochOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class GatheringEnded:
+    """The time that a GatherRequests asked for is over."""
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """No request is accepted from now on; those accepted before are served to their end."""
 
@@ -80,6 +85,7 @@ Event = (
     | StepFailed
     | EpochLost
     | EpochOpened
+    | GatheringEnded
     | DrainRequested
 )
 
@@ -91,6 +97,13 @@ class RunStep:
     """Send this step to stage 0. Comes before all other instructions of a call: the pipeline's work is first."""
 
     header: StepHeader
+
+
+@dataclass(frozen=True, slots=True)
+class GatherRequests:
+    """Say GatheringEnded after so many seconds: no step is formed until then."""
+
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +172,15 @@ class OpenEpoch:
 
 
 Instruction = (
-    RunStep | EmitTokens | EmitPromptLogprobs | ReportProgress | FinishRequest | FailRequest | RejectRequest | OpenEpoch
+    RunStep
+    | GatherRequests
+    | EmitTokens
+    | EmitPromptLogprobs
+    | ReportProgress
+    | FinishRequest
+    | FailRequest
+    | RejectRequest
+    | OpenEpoch
 )
 
 # What they carry ------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from coordinator.sequences import (
     SequenceState,
     completion_sampling,
 )
-from coordinator.steps import EpochSteps
+from coordinator.steps import GATHER_SECONDS, EpochSteps
 from coordinator.story import Story
 
 
@@ -58,8 +58,11 @@ class Scheduler:
         Raises InvariantError for an event that cannot have happened; the scheduler is of no use afterwards.
         """
         decided = [*self._on(event, now), *self._admit(now)]
-        headers = self._steps.form(self._running, now) if self._steps else ()
-        return [*map(events.RunStep, headers), *decided]
+        if self._steps is None:
+            return decided
+        if not isinstance(event, events.GatheringEnded) and self._steps.begin_gathering(self._running):
+            return [events.GatherRequests(GATHER_SECONDS), *decided]
+        return [*map(events.RunStep, self._steps.form(self._running, now)), *decided]
 
     @property
     def is_idle(self) -> bool:
@@ -125,6 +128,8 @@ class Scheduler:
                 return self._lose(epoch, error, now)
             case events.EpochOpened(epoch, num_stages):
                 return self._open(epoch, num_stages, now)
+            case events.GatheringEnded():
+                return self._end_gathering()
             case events.DrainRequested():
                 return self._drain()
 
@@ -185,6 +190,11 @@ class Scheduler:
             del self._requests[record.request_id]
             yield events.FailRequest(record.request_id, error)
         yield events.OpenEpoch(epoch, error)
+
+    def _end_gathering(self) -> Iterator[Instruction]:
+        if self._steps is not None:
+            self._steps.end_gathering()
+        yield from ()
 
     def _drain(self) -> Iterator[Instruction]:
         self._is_draining = True

@@ -18,6 +18,10 @@ from coordinator.depth import NANOSECONDS, PipelineTimes
 from coordinator.sequences import RequestRecord, RunningSequences
 from coordinator.story import Story
 
+GATHER_SECONDS = 0.05
+"""How long a pipeline that reads its weights from disk waits for company of the first request: each pass takes many
+times that, and whoever misses one waits for the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
@@ -40,13 +44,28 @@ class EpochSteps:
         self._times = PipelineTimes(num_stages, is_streamed=limits.is_streamed)
         self._num_formed = 0
         self._finished: list[SequenceId] = []  # to be told with the next step
+        self._is_gathering = False
 
     def forget(self, sequence_id: SequenceId) -> None:
         """Have the next step tell the stages that a sequence has ended."""
         self._finished.append(sequence_id)
 
+    def begin_gathering(self, running: RunningSequences) -> bool:
+        """Tell whether to wait for more requests from now on, until `end_gathering`: weights are read from disk at
+        every step, and there is nothing to compute but prompts that have just come."""
+        if self._is_gathering or self.in_flight or running.num_decoding or not running.prefilling:
+            return False
+        self._is_gathering = self._limits.is_streamed
+        return self._is_gathering
+
+    def end_gathering(self) -> None:
+        """Let steps be formed again."""
+        self._is_gathering = False
+
     def form(self, running: RunningSequences, now: float) -> Iterator[StepHeader]:
         """Take from the running sequences as many steps as should be sent now."""
+        if self._is_gathering:
+            return
         while len(self.in_flight) < (depth := self.depth(running)):
             microbatch = self._next_microbatch(running, depth)
             if not microbatch:

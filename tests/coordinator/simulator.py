@@ -85,6 +85,8 @@ class Simulation:
         match instruction:
             case events.RunStep(header):
                 self._traverse(header)
+            case events.GatherRequests(seconds):
+                self.post(self.now + seconds, events.GatheringEnded())
             case events.EmitTokens():
                 self.emitted.append((self.now, instruction))
             case events.FinishRequest(request_id, report):

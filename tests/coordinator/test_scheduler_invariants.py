@@ -21,6 +21,8 @@ from coordinator.events import (
     EpochOpened,
     FailRequest,
     FinishRequest,
+    GatheringEnded,
+    GatherRequests,
     Instruction,
     RejectRequest,
     RequestAborted,
@@ -89,6 +91,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("complete"), st.integers(0, 3), st.just(0), st.just(0)),
     st.tuples(st.just("abort"), st.integers(0, 20), st.just(0), st.just(0)),
     st.tuples(st.just("stop"), st.integers(0, 20), st.just(0), st.just(0)),
+    st.tuples(st.just("gathered"), st.just(0), st.just(0), st.just(0)),
     st.tuples(st.just("lose"), st.just(0), st.just(0), st.just(0)),
 )
 
@@ -96,9 +99,12 @@ ACTIONS = st.one_of(
 class RandomTranscript:
     """Plays random events and checks what must hold of any instructions."""
 
-    def __init__(self, num_stages: int) -> None:
+    def __init__(self, num_stages: int, *, is_streamed: bool) -> None:
         self.num_stages = num_stages
-        self.scheduler = opened(num_stages, num_pages=24, max_running=6, max_waiting=5, max_step_tokens=8)
+        self.scheduler = opened(
+            num_stages, num_pages=24, max_running=6, max_waiting=5, max_step_tokens=8, is_streamed=is_streamed
+        )
+        self.num_gatherings = 0  # under way
         self.in_flight: list[StepHeader] = []
         self.live: set[str] = set()
         self.num_requests = self.num_sequences = 0
@@ -129,6 +135,11 @@ class RandomTranscript:
         if 0 < number <= self.num_sequences:
             self.perform(self.scheduler.handle(StopStringMatched(SequenceId(number)), 0.0))
 
+    def gathered(self, *_: int) -> None:
+        if self.num_gatherings:
+            self.num_gatherings -= 1
+            self.perform(self.scheduler.handle(GatheringEnded(), 0.0))
+
     def lose(self, *_: int) -> None:
         self.in_flight.clear()
         self.perform(self.scheduler.handle(EpochLost(self.epoch, LOST), 0.0))
@@ -141,19 +152,21 @@ class RandomTranscript:
             assert header.num_tokens == sum(header.lengths)
             assert len(set(header.sequence_ids)) == len(header.sequence_ids)
             self.in_flight.append(header)
+        self.num_gatherings += len(only(instructions, GatherRequests))
         for ended in [*only(instructions, FinishRequest), *only(instructions, FailRequest)]:
             self.live.remove(ended.request_id)
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(1, 3), st.lists(ACTIONS, max_size=60))
+@given(st.integers(1, 3), st.booleans(), st.lists(ACTIONS, max_size=60))
 def test_any_transcript_keeps_the_invariants_and_ends_every_request_once(
-    num_stages: int, actions: list[tuple[str, int, int, int]]
+    num_stages: int, is_streamed: bool, actions: list[tuple[str, int, int, int]]
 ) -> None:
-    transcript = RandomTranscript(num_stages)
+    transcript = RandomTranscript(num_stages, is_streamed=is_streamed)
     for action in actions:
         transcript.play(*action)
-    while transcript.in_flight:
+    while transcript.in_flight or transcript.num_gatherings:
+        transcript.play("gathered")
         transcript.play("complete", 7)
     assert transcript.live == set()
     assert transcript.scheduler.is_idle

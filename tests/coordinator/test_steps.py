@@ -8,7 +8,9 @@ import pytest
 
 from cluster.microbatch import StepHeader
 from cluster.request import RequestId
+from coordinator.events import RequestAborted
 from coordinator.scheduler import Scheduler
+from coordinator.steps import GATHER_SECONDS
 from tests.coordinator.requests import make_limits, make_request
 from tests.coordinator.simulator import Simulation, StageSeconds, linear
 
@@ -165,4 +167,22 @@ def test_with_a_streamed_stage_prompts_pass_at_once_and_decodes_join_them() -> N
     simulation.arrive(30.0, make_request("late", 1500, 3, ignore_eos=True))
     simulation.run()
     with_prompts = [header.lengths for header in simulation.headers if max(header.lengths) > 1]
-    assert with_prompts == [(400,), (1, 400, 400, 400), (1, 1, 1, 1, 1500)]
+    assert with_prompts == [(400, 400, 400, 400), (1, 1, 1, 1, 1500)]
+
+
+def test_with_a_streamed_stage_requests_that_come_together_share_the_first_pass_and_later_ones_the_next() -> None:
+    simulation = simulate(linear(2.0, 0.0001), is_streamed=True, max_step_tokens=2048)
+    for index, at in enumerate([0.0, 0.02, GATHER_SECONDS - 0.001, GATHER_SECONDS + 0.001]):
+        simulation.arrive(at, make_request(str(index), 10, 2, ignore_eos=True))
+    simulation.run()
+    assert [header.lengths for header in simulation.headers] == [(10, 10, 10), (1, 1, 1, 10), (1,)]
+    assert simulation.timings[0][0].received_ns == GATHER_SECONDS * 1e9
+
+
+def test_a_request_that_goes_while_others_are_waited_for_leaves_nothing_behind() -> None:
+    simulation = simulate(linear(2.0, 0.0001), is_streamed=True)
+    simulation.arrive(0.0, make_request("a", 10, 2, ignore_eos=True))
+    simulation.post(0.01, RequestAborted(RequestId("a")))
+    simulation.arrive(9.0, make_request("b", 10, 1, ignore_eos=True), make_request("c", 10, 1, ignore_eos=True))
+    simulation.run()
+    assert [header.lengths for header in simulation.headers] == [(10, 10)]
