@@ -16,10 +16,11 @@ Covers assembling the parts and their lifetime; every setting is `cluster.config
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from cluster.client import BlockingGeneration, ChatMessage, Client, ClusterStatus, Completion, GenerateOptions, Prompt
 from cluster.client.loop_thread import LoopThread
@@ -29,10 +30,12 @@ from cluster.errors import StageUnavailableError
 from cluster.hub.resolve import find_token, resolve
 from cluster.placement import WorkerId
 from cluster.rpc.v1 import generation_service_pb2 as service
-from coordinator.coordinator import Coordinator
 from coordinator.order import CoordinatorOrder
-from worker.build import build_server
 from worker.order import WorkerOrder
+from worker.spinning import limit_spinning
+
+if TYPE_CHECKING:
+    from coordinator.coordinator import Coordinator
 
 StatusListener = Callable[[ClusterStatus], None]
 
@@ -197,6 +200,10 @@ class _Runtime:
 @asynccontextmanager
 async def _serving(config: ServeConfig) -> AsyncIterator[tuple[Coordinator, str]]:
     """Run a worker and a coordinator of `config`; give the coordinator and the address for clients."""
+    limit_spinning(os.environ)  # of effect unless torch has been imported already
+    from coordinator.coordinator import Coordinator
+    from worker.build import build_server
+
     token = find_token()
     spec = await asyncio.to_thread(resolve, config.model, revision=config.revision, token=token)
     worker = build_server(_worker_order(config), credentials=None)

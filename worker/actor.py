@@ -6,6 +6,7 @@ Covers placement on a node, keys, start and stop. Nothing of a step passes throu
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from cluster.version import VERSION
 from cluster.wire.interfaces import address_of
 from cluster.wire.tls import Credentials, SigningRequest
 from worker.order import WorkerOrder
+from worker.spinning import limit_spinning
 
 if TYPE_CHECKING:
     from worker.server import StageServer
@@ -26,6 +28,7 @@ class WorkerActor:
     """One worker process. Its methods are called a few times in its life, never per step."""
 
     def __init__(self) -> None:
+        limit_spinning(os.environ)
         from worker.build import build_server  # torch and transformers: in this process only, while others start too
 
         self._build_server = build_server
