@@ -18,6 +18,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from math import ceil
+from operator import mul, truediv
 
 from cluster.microbatch import StageTiming
 
@@ -31,9 +32,10 @@ MAX_DEPTH_PER_STAGE = 4  # bounds what a lost epoch throws away and what the rel
 class StepCurve:
     """Seconds by number of tokens: a moving average per power of two, linear in between and beyond.
 
-    More tokens take no less time: a small step that happened to be slow counts as no slower than a larger one. Beyond
-    what has been measured the nearest piece goes on, never to more than proportionally more. A single measurement is
-    taken as proportional; of a stage that reads its blocks from disk (`is_streamed`), as the same for any number.
+    More tokens take no less time: a small step that happened to be slow counts as no slower than a larger one. And a
+    token takes no more time among more of them: otherwise noise would cut work into small steps. Beyond what has been
+    measured the nearest piece goes on, never to more than proportionally more. A single measurement is taken as
+    proportional; of a stage that reads its blocks from disk (`is_streamed`), as the same for any number.
     """
 
     def __init__(self, *, is_streamed: bool = False) -> None:
@@ -59,7 +61,9 @@ class StepCurve:
         points = sorted(self._points.values())
         self._tokens = [tokens for tokens, _, _ in points]
         falling = accumulate((seconds for _, seconds, _ in reversed(points)), min)
-        self._seconds = list(falling)[::-1]
+        growing = list(falling)[::-1]
+        per_token = accumulate(map(truediv, growing, self._tokens), min)
+        self._seconds = list(map(mul, per_token, self._tokens))
 
     def seconds(self, num_tokens: float) -> float:
         """Return the expected seconds; 0 before anything was measured."""
@@ -138,8 +142,8 @@ class PipelineTimes:
     def prompt_chunk(self, num_prompt_tokens: int, page_size: int, max_step_tokens: int) -> int:
         """Return how many prompt tokens a step should have for all of them to pass the pipeline soonest.
 
-        n equal pieces take n + (stages - 1) times the slowest stage's time for one. Whole pages; before anything was
-        measured, one piece per stage.
+        n equal pieces take n + (stages - 1) times the slowest stage's time for one. Whole pages, and the most of what is
+        within TOLERANCE of the best; before anything was measured, one piece per stage.
         """
         largest = min(max_step_tokens, _round_up(num_prompt_tokens, page_size))
         if not self.is_measured:
@@ -149,7 +153,9 @@ class PipelineTimes:
             pieces = max(1.0, num_prompt_tokens / size)
             return (pieces + self.num_stages - 1) * max(curve.seconds(size) for curve in self._stages)
 
-        return min(range(page_size, largest + 1, page_size), key=makespan, default=largest)
+        makespans = {size: makespan(size) for size in range(page_size, largest + 1, page_size)}
+        good_enough = min(makespans.values(), default=0.0) * (1 + TOLERANCE)
+        return max((size for size, seconds in makespans.items() if seconds <= good_enough), default=largest)
 
 
 def _round_up(number: float, multiple: int) -> int:

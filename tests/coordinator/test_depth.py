@@ -33,11 +33,19 @@ def test_between_measurements_seconds_are_linear_and_beyond_them_the_line_goes_o
     assert [curve.seconds(tokens) for tokens in (2, 4, 8, 16, 32)] == [2.5, 3.0, 4.0, 6.0, 10.0]
 
 
-def test_beyond_measurements_more_tokens_take_no_more_than_proportionally_more() -> None:
+def test_a_token_takes_no_more_time_among_more_of_them() -> None:
     curve = StepCurve()
     curve.observe(4, 1.0)
     curve.observe(8, 9.0)
-    assert (curve.seconds(1), curve.seconds(16)) == (0.25, 18.0)
+    assert [curve.seconds(tokens) for tokens in (1, 4, 8, 16)] == [0.25, 1.0, 2.0, 4.0]
+
+
+def test_large_steps_that_happened_to_be_slow_do_not_split_the_work_of_a_single_stage() -> None:
+    times = PipelineTimes(1)
+    for size, seconds in ((8, 0.05), (32, 0.11), (70, 0.2), (140, 0.45), (500, 1.9)):
+        times.observe(size, [StageTiming(0, 0, 0, round(seconds * 1e9))], seconds + 0.002)
+    assert times.depth(500, 512) == 1
+    assert times.prompt_chunk(480, 16, 512) == 480
 
 
 def test_a_small_step_that_happened_to_be_slow_counts_as_no_slower_than_a_larger_one() -> None:
