@@ -142,8 +142,8 @@ class PipelineTimes:
     def prompt_chunk(self, num_prompt_tokens: int, page_size: int, max_step_tokens: int) -> int:
         """Return how many prompt tokens a step should have for all of them to pass the pipeline soonest.
 
-        n equal pieces take n + (stages - 1) times the slowest stage's time for one. Whole pages, and the most of what is
-        within TOLERANCE of the best; before anything was measured, one piece per stage.
+        n equal pieces take n + (stages - 1) times the slowest stage's time for one. Whole pages, and the most of what
+        is within TOLERANCE of the best; before anything was measured, one piece per stage.
         """
         largest = min(max_step_tokens, _round_up(num_prompt_tokens, page_size))
         if not self.is_measured:
