@@ -85,17 +85,20 @@ int32_t quad_sum(int32_t digits) {
   return each[0] + each[1] + each[2] + each[3];
 }
 
-// The largest magnitude below `limit` (NAN: of all), as its bits: unlike floats, these compare NaN as largest.
-int32_t largest_bits(const float* row, long count, float limit) {
+int32_t largest_of(Ints lanes) {
+  int32_t out = 0;
+  for (long lane = 0; lane < LANES; ++lane) out = lanes[lane] > out ? lanes[lane] : out;
+  return out;
+}
+
+// The largest magnitude as its bits: unlike floats, these compare NaN as largest.
+int32_t largest_bits(const float* row, long count) {
   Ints most = {};
   for (long i = 0; i < count; i += LANES) {
-    const Floats x = magnitude(load_some(row + i, count - i));
-    const Ints bits = bits_of(x >= limit ? Floats{} : x);
+    const Ints bits = bits_of(magnitude(load_some(row + i, count - i)));
     most = bits > most ? bits : most;
   }
-  int32_t out = 0;
-  for (long lane = 0; lane < LANES; ++lane) out = most[lane] > out ? most[lane] : out;
-  return out;
+  return largest_of(most);
 }
 
 float float_of(int32_t bits) {
@@ -107,9 +110,13 @@ float float_of(int32_t bits) {
 int8_t digit(int32_t whole) { return static_cast<int8_t>((whole & 255) - INPUT_ZERO); }
 
 bool is_any(Ints mask) {
+#if defined(__AVX512VNNI__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#else
   int32_t any = 0;
   for (long lane = 0; lane < LANES; ++lane) any |= mask[lane];
   return any != 0;
+#endif
 }
 
 // From what magnitude on inputs of a row are outliers, given its largest one.
@@ -142,6 +149,20 @@ void add_outliers(const Call& call, Row& row, const float* input, float limit, l
   row.high_sum += quad_sum(added.high), row.low_sum += quad_sum(added.low);
 }
 
+// Lists a row's outliers; returns the largest of its other magnitudes.
+float take_outliers(const Call& call, Row& row, const float* input, float limit) {
+  Ints most = {};
+  for (long i = 0; i < call.num_columns; i += LANES) {
+    const Floats x = magnitude(load_some(input + i, call.num_columns - i));
+    const Ints bits = bits_of(x >= limit ? Floats{} : x);
+    most = bits > most ? bits : most;
+    if (!is_any(x >= limit)) continue;
+    const long stop = std::min(call.num_quads, (i + LANES) / QUAD);
+    for (long quad = i / QUAD; quad < stop; ++quad) add_outliers(call, row, input, limit, quad);
+  }
+  return float_of(largest_of(most));
+}
+
 // Writes a row's codes into its tile, whose rows stand `stride` bytes apart per quad.
 int32_t write_codes(const float* input, long count, float scale, float limit, int8_t* codes, long stride) {
   Ints total = {};
@@ -166,7 +187,7 @@ void quantize(const Call& call, long index, int8_t* codes, long stride) {
   thread_local Scratch scratch;
   const size_t row_bytes = static_cast<size_t>(call.num_columns) * sizeof(float);
   const float* input = call.row(index, reinterpret_cast<float*>(scratch.take(row_bytes)));
-  const int32_t bits = largest_bits(input, call.num_columns, NAN);
+  const int32_t bits = largest_bits(input, call.num_columns);
   if (bits >= INFINITE) {
     write_codes(input, call.num_columns, 1.0f, -1.0f, codes, stride);  // zeros, which this makes NaN:
     row.scale = NAN;
@@ -177,11 +198,7 @@ void quantize(const Call& call, long index, int8_t* codes, long stride) {
   if (largest >= limit) {
     row.outliers = call.outliers + index * call.num_quads;
     row.outlier_scale = largest / LARGEST_DIGITS;
-    for (long i = 0; i < call.num_columns; i += LANES)
-      if (is_any(magnitude(load_some(input + i, call.num_columns - i)) >= limit))
-        for (long quad = i / QUAD; quad < std::min(call.num_quads, (i + LANES) / QUAD); ++quad)
-          add_outliers(call, row, input, limit, quad);
-    largest = float_of(largest_bits(input, call.num_columns, limit));
+    largest = take_outliers(call, row, input, limit);
   }
   row.scale = (largest < TINY ? TINY : largest) / LARGEST_CODE;
   row.sum = write_codes(input, call.num_columns, row.scale, limit, codes, stride);
@@ -370,8 +387,9 @@ extern "C" void spanwise_int8_pack(const int8_t* rows, int64_t first_row, int64_
 }
 
 // Multiplies fp32 rows `[num_rows, num_columns]` with a packed weight; writes fp32 `[num_rows, num_out]`. The weight's
-// scale and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers, infinity: none. With RMS_NORM
-// rows are normalized first; with GATE they are `[num_rows, 2 * num_columns]`: gates, then what these are multiplied by.
+// scale and `bias` (which may be null) are fp32 `[num_out]`; inputs of at least `threshold` are outliers, infinity: none.
+// With RMS_NORM rows are normalized first; with GATE they are `[num_rows, 2 * num_columns]`: gates, then what these are
+// multiplied by.
 // `residual` `[num_rows, num_out]`, unless null, is added.
 extern "C" void spanwise_int8_linear(const float* input, int64_t num_rows, int64_t num_columns, int64_t prologue,
                                      const float* norm_weight, float epsilon, const uint8_t* packed,
