@@ -75,9 +75,7 @@ class RowQuantizer:
 
         What NaN or infinity is multiplied with becomes such, in its own row only.
         """
-        magnitudes = rows.float().abs()
-        largest = magnitudes.amax(dim=1, keepdim=True)
-        limit = self._limit(magnitudes, largest)
+        largest, limit = self._measure(rows)
         is_chosen = (largest < limit).logical_not_()[:, 0]
         if bool(is_chosen.any()) or bool((largest < TINY).any()):
             return self._take_outliers(rows.float(), largest, limit, is_chosen.nonzero()[:, 0])
@@ -88,14 +86,16 @@ class RowQuantizer:
         self._places[len(rows)].copy_(shifted)
         return QuantizedRows(self._padded, scale, None)
 
-    def _limit(self, magnitudes: Tensor, largest: Tensor) -> Tensor:
-        """Return from what magnitude on inputs are outliers, `[num_rows, 1]`."""
+    def _measure(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows' largest magnitudes, and from what magnitude on inputs are outliers; both `[num_rows, 1]`."""
+        magnitudes = rows.float().abs()
+        largest = magnitudes.amax(dim=1, keepdim=True)
         if not self._has_outliers:
-            return torch.full_like(largest, torch.inf)
+            return largest, torch.full_like(largest, torch.inf)
         steps = torch.div(MEAN_STEPS, largest.clamp(min=TINY))
-        total = (magnitudes * steps).to(torch.int32).sum(dim=1, keepdim=True)
+        total = magnitudes.mul_(steps).to(torch.int32).sum(dim=1, keepdim=True)
         limit = torch.minimum(total.float() * self._mean_factor * largest, self._threshold)
-        return torch.where((largest >= TINY) & largest.isfinite(), limit, self._threshold)
+        return largest, torch.where((largest >= TINY) & largest.isfinite(), limit, self._threshold)
 
     def _shift(self, rows: Tensor, scale: Tensor) -> Tensor:
         """Return floats that conversion to integers, which cuts off what follows the point, makes codes."""
