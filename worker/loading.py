@@ -26,6 +26,7 @@ from worker.compiled_block import compile_block
 from worker.executor import LoadedSpan
 from worker.heap import trim_heap
 from worker.kv_cache import KVCache
+from worker.libraries import forget_libraries
 from worker.linear import LinearNumerics
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, name_of
 from worker.part_weights import PartBuilder, PartTensors, RowTable
@@ -187,6 +188,7 @@ def _build_span(
 ) -> _BuiltSpan:
     """Build everything; where weights are streamed, reading ahead begins."""
     built = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
+    forget_libraries()
     entrance = Entrance(_open_table(weights, parts[0]), built[EMBEDDING]) if EMBEDDING in built else None
     streams = weights.streams
     finisher = Finisher(architecture, streams, order.is_exact)
