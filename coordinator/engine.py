@@ -169,7 +169,7 @@ class Engine:
             self.post(events.RequestAborted(request_id))
 
     async def close(self) -> None:
-        """Wait for a repair under way to end."""
+        """Wait for no more requests, and for a repair under way to end."""
         if self._gathering is not None:
             self._gathering.cancel()
         if self._repair is not None:
@@ -190,6 +190,8 @@ class Engine:
 
     @_perform.register
     def _(self, instruction: events.GatherRequests) -> None:
+        if self._gathering is not None:
+            self._gathering.cancel()  # that of an epoch that was lost meanwhile
         loop = asyncio.get_running_loop()
         self._gathering = loop.call_later(instruction.seconds, self.post, events.GatheringEnded())
 
