@@ -22,11 +22,12 @@ from cluster.request import SamplingParams, SequenceId
 from cluster.span import Span
 from worker.executor import Executor, LoadedSpan
 from worker.loading import TorchSpanLoader
-from worker.stage import Exit
+from worker.stage import Exit, Stage
 
 EPOCH = Epoch(1, 1)
 PAGE_SIZE = 64
 NUM_PAGES = 64
+PROMPT = [5, 200, 31, 77, 9, 140, 66]
 
 
 def make_order(folder: Path, stage: int = 0, num_stages: int = 1, **changes: Any) -> LoadOrder:
@@ -179,3 +180,22 @@ def recorded_logits() -> Iterator[list[Tensor]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exit, "logits", record)
         yield recorded
+
+
+def outputs(stage: Stage) -> tuple[list[list[int]], list[Tensor]]:
+    """Return tokens and logits of a few sequences, together and one after the other."""
+    driver = PipelineDriver([stage])
+    with recorded_logits() as logits:
+        first, second = driver.add(PROMPT), driver.add(PROMPT[::-1] * 3)
+        driver.step({first: 7, second: 20})
+        for _ in range(3):
+            driver.step({first: 1, second: 1})
+        tokens = [driver.sequences[first].sampled, driver.sequences[second].sampled, driver.generate(PROMPT, 3)]
+    return tokens, logits
+
+
+def assert_same_bits(left: Stage, right: Stage) -> None:
+    """Compare tokens and every logit."""
+    (tokens, logits), (other_tokens, other_logits) = outputs(left), outputs(right)
+    assert tokens == other_tokens
+    assert all(torch.equal(a, b) for a, b in zip(logits, other_logits, strict=True))

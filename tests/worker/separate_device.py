@@ -103,8 +103,9 @@ def main(folder: Path, name: str, precision: str) -> None:
     from cluster.load_order import StoreOptions
     from cluster.model_spec import Precision
     from tests.checkpoints import make_checkpoint
+    from tests.worker.pipeline_driver import outputs
     from tests.worker.stream.simulated_device import SimulatedDevice
-    from tests.worker.test_stage_on_device import CACHE_BYTES, RING_BYTES, Loads, outputs
+    from tests.worker.test_stage_on_device import CACHE_BYTES, RING_BYTES, Loads
 
     class Device(SimulatedDevice):
         def allocate(self, num_bytes: int) -> Tensor:

@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.utils import backend_registration
 
 from cluster.load_order import StoreOptions
 from cluster.model_spec import Precision
 from tests.checkpoints import make_checkpoint
-from tests.worker.pipeline_driver import PipelineDriver, make_order, recorded_logits
+from tests.worker.pipeline_driver import PROMPT, PipelineDriver, assert_same_bits, make_order
 from tests.worker.stream.disk import flip_byte
 from tests.worker.stream.simulated_device import SimulatedDevice
 from worker.loading import TorchSpanLoader
@@ -29,7 +28,6 @@ from worker.store_weights import store_of
 from worker.stream.cuda import CudaCopier
 from worker.stream.device_source import Copier
 
-PROMPT = [5, 200, 31, 77, 9, 140, 66]
 RING_BYTES = 384 << 10
 CACHE_BYTES = 72 << 10
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -79,25 +77,6 @@ def make_loads(tmp_path: Path) -> Iterator[Callable[..., Loads]]:
     yield make
     for loads in made:
         loads.close()
-
-
-def outputs(stage: Stage) -> tuple[list[list[int]], list[Tensor]]:
-    """Return tokens and logits of a few sequences, together and one after the other."""
-    driver = PipelineDriver([stage])
-    with recorded_logits() as logits:
-        first, second = driver.add(PROMPT), driver.add(PROMPT[::-1] * 3)
-        driver.step({first: 7, second: 20})
-        for _ in range(3):
-            driver.step({first: 1, second: 1})
-        tokens = [driver.sequences[first].sampled, driver.sequences[second].sampled, driver.generate(PROMPT, 3)]
-    return tokens, logits
-
-
-def assert_same_bits(left: Stage, right: Stage) -> None:
-    """Compare tokens and every logit."""
-    (tokens, logits), (other_tokens, other_logits) = outputs(left), outputs(right)
-    assert tokens == other_tokens
-    assert all(torch.equal(a, b) for a, b in zip(logits, other_logits, strict=True))
 
 
 def check_streaming(loads: Loads, precision: Precision, num_streamed: int) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
-from torch import Tensor
 
 from cluster.errors import ConfigurationError, StorageError
 from cluster.load_order import StoreOptions
@@ -22,13 +20,20 @@ from cluster.microbatch import WeightTraffic
 from cluster.model_spec import Precision
 from cluster.request import SequenceId
 from tests.checkpoints import make_checkpoint
-from tests.worker.pipeline_driver import NUM_PAGES, PipelineDriver, load_span, make_order, recorded_logits
+from tests.worker.pipeline_driver import (
+    NUM_PAGES,
+    PROMPT,
+    PipelineDriver,
+    assert_same_bits,
+    load_span,
+    make_order,
+    outputs,
+)
 from tests.worker.stream.disk import flip_byte
 from worker.executor import LoadedSpan
 from worker.stage import Stage
 from worker.store_weights import store_of
 
-PROMPT = [5, 200, 31, 77, 9, 140, 66]
 RING_BYTES = 384 << 10
 NUM_BLOCKS = 3  # of the checkpoints below
 
@@ -72,25 +77,6 @@ def loads(tmp_path: Path) -> Iterator[Loads]:
     made = Loads(tmp_path)
     yield made
     made.close()
-
-
-def outputs(stage: Stage) -> tuple[list[list[int]], list[Tensor]]:
-    """Return tokens and logits of a few sequences, together and one after the other."""
-    driver = PipelineDriver([stage])
-    with recorded_logits() as logits:
-        first, second = driver.add(PROMPT), driver.add(PROMPT[::-1] * 3)
-        driver.step({first: 7, second: 20})
-        for _ in range(3):
-            driver.step({first: 1, second: 1})
-        tokens = [driver.sequences[first].sampled, driver.sequences[second].sampled, driver.generate(PROMPT, 3)]
-    return tokens, logits
-
-
-def assert_same_bits(left: Stage, right: Stage) -> None:
-    """Compare tokens and every logit."""
-    (tokens, logits), (other_tokens, other_logits) = outputs(left), outputs(right)
-    assert tokens == other_tokens
-    assert all(torch.equal(a, b) for a, b in zip(logits, other_logits, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
