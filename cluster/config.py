@@ -38,7 +38,7 @@ class ServeConfig:
     precision: str = _setting("auto", "storage of weights: fp32, bf16, fp16, int8 or nf4; auto: as the checkpoint")
     compute_dtype: str = _setting("auto", "to compute in: fp32, bf16 or fp16; auto: what the device does best")
     outlier_threshold: float = _setting(
-        6.0, "of int8: inputs of at least this magnitude are multiplied with fp32 accuracy"
+        6.0, "of int8: inputs of at least this magnitude, or ten times the mean of their token, keep 16 bits"
     )
     kv_dtype: str = _setting("auto", "of keys and values: fp32, bf16 or fp16; auto: the compute dtype")
     wire_dtype: str = _setting("auto", "between stages; auto: fp32 where a stage computes in fp32, else bf16")

@@ -50,7 +50,7 @@ class LoadOrder:
     store: StoreOptions = field(default_factory=StoreOptions)
     holders: tuple[str, ...] = ()  # host:port of stage services that may hold converted parts or downloaded files
     compute_dtype: str = "auto"  # "auto", "fp32", "bf16" or "fp16"
-    outlier_threshold: float = 6.0  # of int8: inputs of at least this magnitude keep 16 bits; 0: none do
+    outlier_threshold: float = 6.0  # of int8: larger inputs keep 16 bits, and so do those that stand out; 0: none do
     num_streamed: int = 0  # the first of `streaming_order` are read from disk at every step
     ring_bytes: int = 0  # of buffers for them
     memory_bytes: int = 0  # for resident weights and keys and values together, between which the stage may shift

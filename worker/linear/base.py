@@ -19,7 +19,7 @@ class LinearNumerics:
     compute: torch.dtype  # of inputs and outputs
     device: torch.device
     is_exact: bool  # a row's bits must not depend on the others
-    outlier_threshold: float = 6.0  # of int8: larger inputs keep 16 bits; 0 or less: none do
+    outlier_threshold: float = 6.0  # of int8: larger inputs keep 16 bits, and so do those that stand out; 0: none
 
 
 class Scratch:
