@@ -76,9 +76,9 @@ class RowQuantizer:
         What NaN or infinity is multiplied with becomes such, in its own row only.
         """
         largest, limit = self._measure(rows)
-        is_chosen = (largest < limit).logical_not_()[:, 0]
-        if bool(is_chosen.any()) or bool((largest < TINY).any()):
-            return self._take_outliers(rows.float(), largest, limit, is_chosen.nonzero()[:, 0])
+        is_plain = (largest < limit) & (largest >= TINY)
+        if not bool(is_plain.all()):
+            return self._take_outliers(rows.float(), largest, limit)
         scale = torch.div(largest, self._largest_code)
         shifted = self._shift(rows, scale)
         if len(rows) >= len(self._places):
@@ -101,8 +101,9 @@ class RowQuantizer:
         """Return floats that conversion to integers, which cuts off what follows the point, makes codes."""
         return torch.div(rows, scale).add_(self._offset)
 
-    def _take_outliers(self, rows: Tensor, largest: Tensor, limit: Tensor, chosen: Tensor) -> QuantizedRows:
-        """Quantize rows whose largest magnitudes are `largest`, at least the limit in the `chosen` ones."""
+    def _take_outliers(self, rows: Tensor, largest: Tensor, limit: Tensor) -> QuantizedRows:
+        """Quantize rows whose largest magnitudes are `largest`, at least the limit in some, or not a number."""
+        chosen = (largest < limit).logical_not_()[:, 0].nonzero()[:, 0]
         others = torch.where(rows.abs() >= limit, rows, 0.0)
         ordinary = rows - others
         scale = ordinary.abs().amax(dim=1, keepdim=True).clamp_(min=TINY).div_(self._largest_code)

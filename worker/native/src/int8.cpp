@@ -134,14 +134,14 @@ float outlier_limit(const Call& call, const float* input, float largest) {
 // Lists the outliers of a quad.
 void add_outliers(const Call& call, Row& row, const float* input, float limit, long quad) {
   int8_t high[QUAD] = {}, low[QUAD] = {};
-  bool is_any = false;
+  bool is_found = false;
   for (long i = 0; i < QUAD && quad * QUAD + i < call.num_columns; ++i) {
     const float x = input[quad * QUAD + i];
     if (!(std::fabs(x) >= limit)) continue;
     const int32_t whole = static_cast<int32_t>(x / row.outlier_scale + (257 * INPUT_ZERO + 0.5f));
-    high[i] = digit(whole >> 8), low[i] = digit(whole), is_any = true;
+    high[i] = digit(whole >> 8), low[i] = digit(whole), is_found = true;
   }
-  if (!is_any) return;
+  if (!is_found) return;
   Outlier& added = row.outliers[row.num_outliers++];
   added.quad = static_cast<int32_t>(quad);
   std::memcpy(&added.high, high, QUAD);
