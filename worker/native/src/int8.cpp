@@ -181,7 +181,8 @@ int32_t write_codes(const float* input, long count, float scale, float limit, in
   return out;
 }
 
-void quantize(const Call& call, long index, int8_t* codes, long stride) {
+// Quantizes a row, whose outliers are to stand at `outliers`.
+void quantize(const Call& call, long index, Outlier* outliers, int8_t* codes, long stride) {
   Row& row = call.rows[index];
   row = Row{};
   thread_local Scratch scratch;
@@ -196,7 +197,7 @@ void quantize(const Call& call, long index, int8_t* codes, long stride) {
   float largest = float_of(bits);
   const float limit = outlier_limit(call, input, largest);
   if (largest >= limit) {
-    row.outliers = call.outliers + index * call.num_quads;
+    row.outliers = outliers;
     row.outlier_scale = largest / LARGEST_DIGITS;
     largest = take_outliers(call, row, input, limit);
   }
@@ -206,16 +207,27 @@ void quantize(const Call& call, long index, int8_t* codes, long stride) {
 
 void quantize_rows(const Call& call, long first, long stop) {
   long tile = 0;
+  Outlier* outliers = call.outliers + first * call.num_quads;
   for (long row = first; row < stop; ++row) {
     while (call.tile_start(tile + 1) <= row) ++tile;
     const long start = call.tile_start(tile), stride = (call.tile_start(tile + 1) - start) * QUAD;
-    quantize(call, row, call.codes + start * call.num_quads * QUAD + (row - start) * QUAD, stride);
+    quantize(call, row, outliers, call.codes + start * call.num_quads * QUAD + (row - start) * QUAD, stride);
+    outliers += call.rows[row].num_outliers;
   }
 }
 
 #if defined(__AVX512VNNI__)
 
 using Sums = __m512i;
+
+// Adds the products of a quad's weights with a row's four codes. Written out, since gcc makes two instructions of it and
+// keeps sums in memory.
+inline __attribute__((always_inline)) void add_products(Sums& sum, __m512i weights, const int8_t* codes) {
+  struct Four {
+    int8_t codes[QUAD];
+  };
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(weights), "m"(*reinterpret_cast<const Four*>(codes)));
+}
 
 // Multiplies a panel, which `is_new` to the cache, with a tile of NUM rows; `sums` get the 16 outputs of each row, with
 // the weights' offset in them.
@@ -224,17 +236,14 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const 
                                                     bool is_new, Sums* sums) {
   constexpr long STEPS = NUM >= 4 ? 1 : 4;  // quads at a time: a sum that waits for itself is slow
   Sums part[NUM * STEPS];
+#pragma GCC unroll 16
   for (long i = 0; i < NUM * STEPS; ++i) part[i] = _mm512_setzero_si512();
   const auto add = [&](long quad, long step) __attribute__((always_inline)) {
     const __m512i weights = _mm512_loadu_si512(panel + quad * PANEL * QUAD);
     if (is_new) _mm_prefetch(reinterpret_cast<const char*>(panel + quad * PANEL * QUAD + 4096), _MM_HINT_T0);
 #pragma GCC unroll 16
-    for (long i = 0; i < NUM; ++i) {
-      int32_t four;
-      std::memcpy(&four, codes + (quad * NUM + i) * QUAD, QUAD);
-      Sums& sum = part[i * STEPS + step];
-      sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(four));
-    }
+    for (long i = 0; i < NUM; ++i)
+      add_products(part[i * STEPS + step], weights, codes + (quad * NUM + i) * QUAD);
   };
   long quad = 0;
   for (; quad + STEPS <= num_quads; quad += STEPS) {
@@ -242,6 +251,7 @@ inline __attribute__((always_inline)) void multiply(const uint8_t* panel, const 
     for (long step = 0; step < STEPS; ++step) add(quad + step, step);
   }
   for (; quad < num_quads; ++quad) add(quad, 0);
+#pragma GCC unroll 16
   for (long i = 0; i < NUM; ++i) {
     sums[i] = part[i * STEPS];
     for (long step = 1; step < STEPS; ++step) sums[i] = _mm512_add_epi32(sums[i], part[i * STEPS + step]);
