@@ -10,6 +10,7 @@ rounds of two rates of one round.
 
 A round asks each system twice: for one token per request, which gives the prefill rate (prompt tokens per second), and
 for all tokens; the difference of the two times gives the decode rate (output tokens per second after the first ones).
+Before that it asks once without a measurement: while others took their turns, the system's memory lay idle for minutes.
 "layers" are our int8 linear layers alone, without anything else that a model does: the ceiling for int8. "onednn" are
 oneDNN's products alone, whose inputs are quantized already: the ceiling for those who compute with it.
 """
@@ -115,6 +116,7 @@ def rates_of(workload: Workload, first: Round, whole: Round) -> Rates:
 async def measure_round(runners: dict[str, Runner], results: Results, *, is_kept: bool) -> None:
     """Let every system do the same workload, one after the other."""
     for name, run in runners.items():
+        await run(replace(results.workload, num_output_tokens=1))
         first = await run(replace(results.workload, num_output_tokens=1))
         rates = rates_of(results.workload, first, await run(results.workload))
         report = f"{results.workload.concurrency} requests: {rates.prefill:.1f} prefill, {rates.decode:.1f} decode"
