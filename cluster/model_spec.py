@@ -73,6 +73,7 @@ class CheckpointFile:
 
     name: str
     size_bytes: int
+    sha256: str = ""  # of its content, in hex, where the hub tells
 
 
 @dataclass(frozen=True, slots=True)

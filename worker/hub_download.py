@@ -4,6 +4,7 @@ hub. `cluster.hub.download` fetches one from there.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,9 +64,12 @@ def _bring(
     folder = snapshot_folder(source.repo_id, source.commit, access)
 
     def check() -> None:
-        num_bytes = temporary(folder / file.name).stat().st_size
+        copied = temporary(folder / file.name)
+        num_bytes = copied.stat().st_size
         if file.size_bytes and num_bytes != file.size_bytes:
             raise StorageError(f"{file.name} has {num_bytes:,} bytes there instead of {file.size_bytes:,}")
+        if file.sha256 and _sha256(copied) != file.sha256:
+            raise StorageError(f"{file.name} is damaged there: its SHA-256 is not what the hub says")
 
     def fetch(count: OnBytes) -> None:
         def count_both(num_bytes: int) -> None:
@@ -78,6 +82,11 @@ def _bring(
         neighbours.bring(Wanted(hub_collection(source), (file.name,), folder, check), fetch, on_bytes)
     except OSError as error:
         raise ConfigurationError(f"cannot write {file.name} to {folder}: {error.strerror or error}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _checked(file: CheckpointFile, source: HubSource, access: HubAccess) -> Path:

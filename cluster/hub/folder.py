@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from cluster.errors import ConfigurationError
 from cluster.hub.layout import PART_WEIGHTS
-from cluster.model_spec import FolderSource
+from cluster.model_spec import CheckpointFile, FolderSource
 
 _SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja"})
 _CONVERTED_SUFFIXES = frozenset({PART_WEIGHTS})  # not digested: their manifests hold checksums of every tensor
@@ -25,7 +25,7 @@ class LocalFolder:
 
     source: FolderSource
     label: str  # for messages
-    sizes: Mapping[str, int]  # file → bytes
+    by_name: Mapping[str, CheckpointFile]
 
     def path(self, name: str) -> Path:
         """Return where a file is."""
@@ -38,7 +38,9 @@ def open_folder(path: Path) -> LocalFolder:
     try:
         sizes = _list(folder)
         source = FolderSource(str(folder), _digest(folder, sizes))
-        return LocalFolder(source, str(folder), sizes | _list(folder, _CONVERTED_SUFFIXES))
+        sizes |= _list(folder, _CONVERTED_SUFFIXES)
+        files = {name: CheckpointFile(name, size_bytes) for name, size_bytes in sizes.items()}
+        return LocalFolder(source, str(folder), files)
     except OSError as error:
         raise ConfigurationError(f"cannot read model folder {folder}: {error.strerror or error}") from error
 

@@ -46,8 +46,8 @@ class CheckpointFiles(Protocol):
         ...
 
     @property
-    def sizes(self) -> Mapping[str, int]:
-        """Bytes by file name."""
+    def by_name(self) -> Mapping[str, CheckpointFile]:
+        """Say what is known of each file."""
         ...
 
     def path(self, name: str) -> Path:
@@ -68,7 +68,7 @@ def read_json(files: CheckpointFiles, name: str) -> dict[str, Any]:
 
 def fetch_tokenizer(files: CheckpointFiles) -> None:
     """Bring the tokenizer's files to this machine. Raises ConfigurationError when there is none."""
-    present = {name for name in TOKENIZER_FILES if name in files.sizes}
+    present = {name for name in TOKENIZER_FILES if name in files.by_name}
     if not any(vocabulary <= present for vocabulary in _VOCABULARIES):
         raise ConfigurationError(
             f"{files.label} has a {CONFIG} but no tokenizer: add the tokenizer.json of the model it was trained from"
@@ -80,9 +80,9 @@ def fetch_tokenizer(files: CheckpointFiles) -> None:
 def find_weights(files: CheckpointFiles) -> tuple[tuple[CheckpointFile, ...], Mapping[str, str]]:
     """Return the weight files, and tensor → file (empty for a single file). Raises ConfigurationError."""
     for single, index in _WEIGHTS:
-        if single in files.sizes:
-            return (CheckpointFile(single, files.sizes[single]),), {}
-        if index in files.sizes:
+        if single in files.by_name:
+            return (files.by_name[single],), {}
+        if index in files.by_name:
             return _find_shards(files, index)
     tried = ", ".join(name for names in _WEIGHTS for name in names)
     raise ConfigurationError(f"{files.label} has no weights in a format that Spanwise reads (looked for {tried})")
@@ -104,9 +104,9 @@ def find_parts(files: CheckpointFiles) -> tuple[tuple[CheckpointFile, ...], Prec
         precision = Precision(read_json(files, CONVERTED).get("precision"))
     except ValueError as error:
         raise ConfigurationError(f"{CONVERTED} of {files.label} is damaged: {error}") from error
-    parts = sorted(name.removesuffix(PART_WEIGHTS) for name in files.sizes if is_part_file(name))
-    found = [name for part in parts for name in part_files(part) if name in files.sizes]
-    return tuple(CheckpointFile(name, files.sizes[name]) for name in found), precision
+    parts = sorted(name.removesuffix(PART_WEIGHTS) for name in files.by_name if is_part_file(name))
+    found = [name for part in parts for name in part_files(part) if name in files.by_name]
+    return tuple(files.by_name[name] for name in found), precision
 
 
 def _find_shards(files: CheckpointFiles, index: str) -> tuple[tuple[CheckpointFile, ...], Mapping[str, str]]:
@@ -114,10 +114,10 @@ def _find_shards(files: CheckpointFiles, index: str) -> tuple[tuple[CheckpointFi
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ConfigurationError(f"{index} of {files.label} has no weight_map: fetch it again")
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if name not in files.sizes]
+    missing = [name for name in shards if name not in files.by_name]
     if missing:
         raise ConfigurationError(
             f"{files.label} lacks {', '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} "
             f"({len(missing)} of {len(shards)} shards), which {index} names: fetch the checkpoint again"
         )
-    return tuple(CheckpointFile(name, files.sizes[name]) for name in shards), weight_map
+    return tuple(files.by_name[name] for name in shards), weight_map

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.hf_api import RepoSibling
 
 from cluster.errors import ConfigurationError
 from cluster.hub.download import HubAccess, cached_file, download_file
 from cluster.hub.errors import hub_errors, is_unreachable
-from cluster.model_spec import HubSource
+from cluster.model_spec import CheckpointFile, HubSource
 
 _TIMEOUT_SECONDS = 30.0
 _PROBE = "config.json"  # every transformers checkpoint has one
@@ -26,7 +27,7 @@ class Repository:
     """The files of a repository at one commit, by name."""
 
     source: HubSource
-    sizes: Mapping[str, int]  # file → bytes
+    by_name: Mapping[str, CheckpointFile]
     access: HubAccess
 
     @property
@@ -62,11 +63,15 @@ def _list_online(repo_id: str, revision: str, access: HubAccess) -> Repository:
             # The listing of a gated repository is public; only its files tell whether this token may have them.
             url = hf_hub_url(repo_id, _PROBE, revision=info.sha, endpoint=access.endpoint)
             get_hf_file_metadata(url, token=access.token, timeout=_TIMEOUT_SECONDS)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    if _PROBE in sizes:
+    files = {file.rfilename: _describe(file) for file in info.siblings or ()}
+    if _PROBE in files:
         # By the revision's name rather than the commit, so that the cache knows the name when there is no network.
         download_file(repo_id, _PROBE, revision, access)
-    return Repository(HubSource(repo_id, info.sha, access.endpoint), sizes, access)
+    return Repository(HubSource(repo_id, info.sha, access.endpoint), files, access)
+
+
+def _describe(file: RepoSibling) -> CheckpointFile:
+    return CheckpointFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "")
 
 
 def _list_cached(repo_id: str, revision: str, access: HubAccess) -> Repository | None:
@@ -74,9 +79,9 @@ def _list_cached(repo_id: str, revision: str, access: HubAccess) -> Repository |
     if found is None:
         return None
     snapshot = found.parent
-    paths = (path for path in snapshot.rglob("*") if path.is_file())
-    sizes = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in paths}
-    return Repository(HubSource(repo_id, snapshot.name, access.endpoint), sizes, access)
+    paths = {path.relative_to(snapshot).as_posix(): path for path in snapshot.rglob("*") if path.is_file()}
+    files = {name: CheckpointFile(name, path.stat().st_size) for name, path in paths.items()}
+    return Repository(HubSource(repo_id, snapshot.name, access.endpoint), files, access)
 
 
 def is_repo_id(name: str) -> bool:

@@ -88,11 +88,11 @@ def _open(name: str, revision: str, access: HubAccess) -> CheckpointFiles:
 
 
 def _describe(name: str, files: CheckpointFiles) -> ModelSpec:
-    if CONFIG not in files.sizes:
+    if CONFIG not in files.by_name:
         raise ConfigurationError(f"{files.label} has no {CONFIG}: it is not a checkpoint in transformers' format")
     config = read_json(files, CONFIG)
     architecture = check_supported(config, files.label)
-    generation_config = read_json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.sizes else {}
+    generation_config = read_json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.by_name else {}
     weight_files, weight_map, stored_precision = _find_weights(files)
     fetch_tokenizer(files)
     return ModelSpec(
@@ -116,7 +116,7 @@ def _find_weights(
     files: CheckpointFiles,
 ) -> tuple[tuple[CheckpointFile, ...], Mapping[str, str], Precision | None]:
     """Return weight files, tensor → file, and the precision of a converted checkpoint."""
-    if CONVERTED in files.sizes and any(map(is_part_file, files.sizes)):
+    if CONVERTED in files.by_name and any(map(is_part_file, files.by_name)):
         parts, precision = find_parts(files)
         return parts, {}, precision
     return *find_weights(files), None

@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>.+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_LARGE_FILES = frozenset({".bin", ".safetensors"})  # whose digests the listing has
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class LocalHub:
     def describe(self, repo_id: str, revision: str, token: str) -> dict[str, Any]:
         """Return the listing of a repository. Gated ones are listed for anybody, as on the real hub."""
         self._check_exists(repo_id, revision, token)
-        siblings = [{"rfilename": path.name, "size": path.stat().st_size} for path in self._files(repo_id)]
+        siblings = [_sibling(path) for path in self._files(repo_id)]
         return {
             "_id": repo_id,
             "id": repo_id,
@@ -115,6 +116,15 @@ class LocalHub:
 
     def _files(self, repo_id: str) -> list[Path]:
         return sorted(path for path in (self.root / repo_id).iterdir() if path.is_file())
+
+
+def _sibling(path: Path) -> dict[str, Any]:
+    size_bytes = path.stat().st_size
+    sibling: dict[str, Any] = {"rfilename": path.name, "size": size_bytes}
+    if path.suffix in _LARGE_FILES:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        sibling["lfs"] = {"sha256": digest, "size": size_bytes, "pointerSize": 134}
+    return sibling
 
 
 class _Server(ThreadingHTTPServer):

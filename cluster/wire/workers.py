@@ -109,7 +109,10 @@ def load_order_to_proto(order: LoadOrder, epoch: Epoch) -> stage_service_pb2.Loa
         first_block=order.span.start,
         end_block=order.span.end,
         config_json=json.dumps(dict(order.config)),
-        weight_files=[stage_pb2.CheckpointFile(name=f.name, size_bytes=f.size_bytes) for f in order.weight_files],
+        weight_files=[
+            stage_pb2.CheckpointFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            for file in order.weight_files
+        ],
         weight_map=order.weight_map,
         precision=order.precision.value,
         kv_dtype=order.kv_dtype,
@@ -154,7 +157,7 @@ def load_order_from_proto(message: stage_service_pb2.LoadSpanRequest) -> LoadOrd
         config=config,
         source=_source_from_proto(message),
         checkpoint_service=message.folder.checkpoint_service,
-        weight_files=tuple(CheckpointFile(f.name, f.size_bytes) for f in message.weight_files),
+        weight_files=tuple(CheckpointFile(file.name, file.size_bytes, file.sha256) for file in message.weight_files),
         weight_map=dict(message.weight_map),
         precision=precision,
         kv_dtype=message.kv_dtype,

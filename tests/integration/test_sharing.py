@@ -164,6 +164,24 @@ async def test_what_a_neighbour_has_damaged_is_converted_instead(
     assert set(num_sent(hub).values()) == {1}
 
 
+async def test_a_shard_that_a_neighbour_has_damaged_comes_from_the_hub(
+    hub: LocalHub, spec: ModelSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its size is right: only the digest, which the hub tells, is not."""
+    (order,) = orders(spec, (FIRST_HALF,), Precision.FP32)
+    async with two_machines(tmp_path) as machines:
+        await machines.load(1, order, generation=1)
+        damaged = sorted((machines.folders[1] / "hub").rglob("*.safetensors"))[0]
+        data = bytearray(damaged.read_bytes())
+        data[-1] ^= 1
+        damaged.write_bytes(data)
+        await machines.load(0, order, generation=1)
+    assert f"did not send {damaged.name}" in caplog.text
+    counts = num_sent(hub)
+    assert counts.pop(damaged.name) == 2
+    assert set(counts.values()) == {1}
+
+
 async def test_a_worker_that_is_gone_is_no_obstacle(hub: LocalHub, spec: ModelSpec, tmp_path: Path) -> None:
     (order,) = orders(spec, (FIRST_HALF,))
     async with two_machines(tmp_path) as machines:
