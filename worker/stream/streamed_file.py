@@ -84,7 +84,8 @@ class StreamedFile:
             num_read += count
             if count == 0 or (self._is_direct and count % ALIGNMENT and num_read < len(memory)):
                 self.suspect()
-                raise StorageError(self.damage(f"it ends after {offset + num_read:,} bytes, so it was cut short"))
+                num_bytes = os.fstat(descriptor).st_size
+                raise StorageError(self.damage(f"it ends after {num_bytes:,} bytes, so it was cut short"))
         if not self._is_direct:
             os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
 

@@ -181,14 +181,15 @@ def test_a_replaced_file_is_opened_anew_after_a_failure(tmp_path: Path, rings: R
     assert all(is_right(ring, extent) for extent in extents)
 
 
-def test_a_truncated_file_is_named_with_the_tensor(tmp_path: Path, rings: Rings) -> None:
+def test_a_truncated_file_is_named_with_the_tensor_and_what_is_left_of_it(tmp_path: Path, rings: Rings) -> None:
     file, extents = make_extents(tmp_path)
     good = file.path.read_bytes()
-    os.truncate(file.path, extents[2].offset + 100)
+    os.truncate(file.path, left := extents[2].offset + 100)
     ring = rings.make(file, extents)
     assert is_right(ring, extents[1])
-    with pytest.raises(StorageError, match=rf"w2\.weight of {PART} .*cut short"):
-        ring.take(extents[2])
+    for extent, tensor in ((extents[2], "w2"), (extents[3], "w3")):
+        with pytest.raises(StorageError, match=rf"{tensor}\.weight of {PART} .*ends after {left:,} bytes.*cut short"):
+            ring.take(extent)
     file.path.write_bytes(good)
     assert is_right(ring, extents[2])
 
