@@ -13,14 +13,12 @@ from cluster.errors import ConfigurationError, StorageError
 from cluster.hub.download import HubAccess, cached_file, download_file, snapshot_folder
 from cluster.load_order import LoadProgress
 from cluster.model_spec import CheckpointFile, HubSource
-from worker.free_space import FreeBytes, require_space
+from worker.free_space import RequireSpace
 from worker.sharing.copying import Wanted
 from worker.sharing.holders import Neighbours
 from worker.sharing.shelf import OnBytes
 from worker.store.disk import partial as temporary
 from worker.transfer import ByteCounter, run_transfers
-
-CACHE_SETTING = "HF_HOME"
 
 
 def download_files(
@@ -28,7 +26,7 @@ def download_files(
     files: Sequence[CheckpointFile],
     access: HubAccess,
     on_progress: Callable[[LoadProgress], None],
-    measure: FreeBytes,
+    require_space: RequireSpace,
     neighbours: Neighbours,
 ) -> dict[str, Path]:
     """Return where each file is in the hub's cache, after bringing those that it lacks.
@@ -38,7 +36,7 @@ def download_files(
     """
     missing = [file for file in files if cached_file(source.repo_id, file.name, source.commit, access) is None]
     missing_bytes = sum(file.size_bytes for file in missing)
-    require_space(access.folder, missing_bytes, CACHE_SETTING, measure)
+    require_space(access.folder, missing_bytes)
     total = sum(file.size_bytes for file in files)
     counter = ByteCounter(total - missing_bytes)
     bring = partial(_bring, source, access, neighbours, counter.add)

@@ -14,7 +14,7 @@ from cluster.errors import ConfigurationError
 from cluster.load_order import LoadProgress
 from cluster.model_spec import CheckpointFile
 from worker.checkpoint_client import CheckpointReader
-from worker.free_space import FreeBytes, require_space
+from worker.free_space import RequireSpace
 from worker.partial_file import PartialFile
 from worker.safetensors_file import LENGTH_BYTES, header_length, parse_header
 from worker.transfer import ByteCounter, run_transfers
@@ -22,7 +22,6 @@ from worker.transfer import ByteCounter, run_transfers
 RANGE_BYTES = 64 << 20
 """Longer ranges are fetched in parts of this size: what an interruption loses at most per transfer."""
 
-CACHE_SETTING = "XDG_CACHE_HOME"
 Range = tuple[int, int]
 
 
@@ -32,7 +31,7 @@ def download_span(
     is_needed: Callable[[str], bool],
     folder: Path,
     on_progress: Callable[[LoadProgress], None],
-    measure: FreeBytes,
+    require_space: RequireSpace,
 ) -> dict[str, Path]:
     """Return where each file is: whole for a pickle, with holes where no needed tensor is for safetensors.
 
@@ -42,7 +41,7 @@ def download_span(
         with ExitStack() as stack:
             parts = [stack.enter_context(PartialFile(folder / file.name, file.size_bytes)) for file in files]
             ranges = {part: _needed_ranges(reader, part, is_needed) for part in parts}
-            _fetch_ranges(reader, ranges, folder, on_progress, measure)
+            _fetch_ranges(reader, ranges, folder, on_progress, require_space)
             return {part.path.name: part.path for part in parts}
     except OSError as error:
         raise ConfigurationError(f"cannot store the checkpoint in {folder}: {error.strerror or error}") from error
@@ -53,12 +52,12 @@ def _fetch_ranges(
     ranges: dict[PartialFile, list[Range]],
     folder: Path,
     on_progress: Callable[[LoadProgress], None],
-    measure: FreeBytes,
+    require_space: RequireSpace,
 ) -> None:
     total = sum(end - start for chosen in ranges.values() for start, end in chosen)
     missing = [(part, *bounds) for part, chosen in ranges.items() for bounds in chosen if not part.has(*bounds)]
     missing_bytes = sum(end - start for _, start, end in missing)
-    require_space(folder, missing_bytes, CACHE_SETTING, measure)
+    require_space(folder, missing_bytes)
     counter = ByteCounter(total - missing_bytes)
     transfers = [partial(_fetch, reader, part, start, end, counter.add) for part, start, end in missing]
     run_transfers(transfers, counter, total, on_progress)

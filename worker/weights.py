@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +22,7 @@ from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource
 from worker.checkpoint_client import CheckpointReader
 from worker.checkpoint_client import connect as connect_checkpoint
-from worker.free_space import FreeBytes, free_bytes
+from worker.free_space import FreeBytes, free_bytes, require_space
 from worker.held_files import HeldFiles, discard_file
 from worker.hub_download import download_files
 from worker.partial_file import delete_partial_file
@@ -96,7 +97,8 @@ class CheckpointSource:
         """`connect` opens the coordinator's checkpoint service, for a folder that only the head has. `cache_folder` is
         where downloads are kept: by default the order's folder, else the hub's own cache, or `spanwise` in
         XDG_CACHE_HOME for folders. `neighbours` may have files of a hub."""
-        self._order, self._connect, self._measure = order, connect, measure
+        self._order, self._connect = order, connect
+        self._require_space = partial(require_space, measure=measure, reserve_bytes=order.store.reserve_bytes)
         self._neighbours = neighbours or Neighbours.none()
         self._cache_folder = cache_folder or (Path(found) if (found := order.store.download_folder) else None)
         self.is_downloaded = isinstance(order.source, HubSource) or not is_here(order.source)
@@ -148,11 +150,11 @@ class CheckpointSource:
     ) -> Mapping[str, Path]:
         source = self._order.source
         if isinstance(source, HubSource):
-            return download_files(source, files, self._access, on_progress, self._measure, self._neighbours)
+            return download_files(source, files, self._access, on_progress, self._require_space, self._neighbours)
         if not self.is_downloaded:
             return {file.name: Path(source.path, file.name) for file in files}
         with closing(self._connect(_service_address(self._order))) as reader:
-            return download_span(reader, files, is_needed, self.folder, on_progress, self._measure)
+            return download_span(reader, files, is_needed, self.folder, on_progress, self._require_space)
 
     @property
     def _access(self) -> HubAccess:

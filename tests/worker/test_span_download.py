@@ -192,7 +192,7 @@ def test_file_on_the_head_that_is_no_safetensors_is_named(tmp_path: Path, conten
 
 def test_full_disk_is_told_before_tensors_are_read(head: Path, tmp_path: Path) -> None:
     order, reader = order_from(head), FolderReader(tmp_path / "moved")
-    with pytest.raises(ConfigurationError, match="set XDG_CACHE_HOME"):
+    with pytest.raises(ConfigurationError, match="set --download-dir"):
         fetch_checkpoint(
             order,
             is_of_block_2,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +11,7 @@ import torch
 from cluster.errors import ConfigurationError, PermissionDeniedError
 from cluster.hub.download import HubAccess
 from cluster.hub.resolve import resolve_with
-from cluster.load_order import LoadOrder, LoadProgress
+from cluster.load_order import LoadOrder, LoadProgress, StoreOptions
 from cluster.testing.hub import LocalHub
 from tests.small_checkpoints import order_for, tensors_of_blocks, truncate, write_sharded, write_single
 from worker.weights import Checkpoint, fetch_checkpoint
@@ -123,9 +124,19 @@ def test_gated_shard_is_refused_with_the_way_in(hub: LocalHub, tmp_path: Path, c
 
 def test_full_disk_is_told_before_anything_is_fetched(hub: LocalHub, tmp_path: Path, cache: Path) -> None:
     order = resolve_order(hub, tmp_path)
-    with pytest.raises(ConfigurationError, match=r"need 0\.00 GiB in .*worker-cache, which has 0\.00 GiB.*HF_HOME"):
+    with pytest.raises(
+        ConfigurationError, match=r"need 0\.00 GiB in .*worker-cache, which has 0\.00 GiB.*--download-dir"
+    ):
         fetch_checkpoint(order, is_of_last_blocks, lambda _: None, cache_folder=cache, measure=lambda _: 10)
     assert hub.requests == []
+
+
+def test_a_download_leaves_of_the_disk_what_is_to_stay_free(hub: LocalHub, tmp_path: Path, cache: Path) -> None:
+    order = replace(resolve_order(hub, tmp_path), store=StoreOptions(reserve_bytes=1 << 40))
+    with pytest.raises(ConfigurationError, match=r"1024\.00 GiB are to stay free \(--disk-reserve\)"):
+        fetch_checkpoint(order, is_of_last_blocks, lambda _: None, cache_folder=cache, measure=lambda _: 1 << 40)
+    fetch(replace(order, store=StoreOptions()), cache, is_of_last_blocks).close()
+    fetch_checkpoint(order, is_of_last_blocks, lambda _: None, cache_folder=cache, measure=lambda _: 0).close()
 
 
 def test_worker_without_network_uses_its_cache(hub: LocalHub, tmp_path: Path, cache: Path) -> None:

@@ -148,7 +148,7 @@ class StoreFiller:
         download = source.missing_bytes(files) if source else 0
         is_one_disk = source is not None and download > 0 and _device(root) == _device(source.folder)
         if source and download and not is_one_disk:
-            require_space(source.folder, download, "--download-dir", self._measure)
+            require_space(source.folder, download, measure=self._measure, reserve_bytes=options.reserve_bytes)
         require_room(
             root,
             num_bytes,
