@@ -29,10 +29,12 @@ def require_space(folder: Path, needed_bytes: int, *, measure: FreeBytes, reserv
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     available = measure(existing)
     if needed_bytes + reserve_bytes > available:
-        reserve = (
-            f", of which {reserve_bytes / _GIB:.2f} GiB are to stay free (--disk-reserve)" if reserve_bytes else ""
-        )
+        reserve = f", of which {_text(reserve_bytes)} are to stay free (--disk-reserve)" if reserve_bytes else ""
         raise ConfigurationError(
-            f"the weights of this span need {needed_bytes / _GIB:.2f} GiB in {folder}, which has "
-            f"{available / _GIB:.2f} GiB free{reserve}: make room, or set --download-dir to a folder on a larger disk"
+            f"the weights of this span need {_text(needed_bytes)} in {folder}, which has "
+            f"{_text(available)} free{reserve}: make room, or set --download-dir to a folder on a larger disk"
         )
+
+
+def _text(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.2f} GiB"
