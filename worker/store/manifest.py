@@ -96,24 +96,24 @@ def to_json(manifest: PartManifest) -> bytes:
     """Return the manifest's file: equal manifests give equal bytes."""
     body = asdict(manifest)
     version = body.pop("version")
-    document = {"version": version, "checksum": _checksum(body), "manifest": body}
+    document = {"version": version, "checksum": _checksum(body, version), "manifest": body}
     return json.dumps(document, separators=(",", ":")).encode() + b"\n"
 
 
 def from_json(text: bytes, label: str) -> PartManifest:
     """Parse a manifest's file, which `label` names in messages.
 
-    Raises ConfigurationError for another version, StorageError for anything that `to_json` did not write.
+    Raises ConfigurationError for another version, StorageError for anything that no version's `to_json` wrote.
     """
     try:
         document = json.loads(text)
-        require_version(document["version"], label)
-        body = document["manifest"]
-        if document["checksum"] != _checksum(body):
+        version, body = document["version"], document["manifest"]
+        if document["checksum"] != _checksum(body, version):
             raise StorageError(f"{label} is damaged: its checksum is wrong")
-        return _manifest(body, document["version"])
+        require_version(version, label)
+        return _manifest(body, version)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StorageError(f"{label} is damaged: {error!r}") from error
+        raise StorageError(f"{label} is damaged: it is empty, cut short or no manifest") from error
 
 
 def require_version(version: int, label: str) -> None:
@@ -125,8 +125,9 @@ def require_version(version: int, label: str) -> None:
         )
 
 
-def _checksum(body: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, separators=(",", ":")).encode())
+def _checksum(body: Mapping[str, Any], version: int) -> str:
+    """Return the checksum of a manifest, whose seed is its version's: another version with it is damage."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(body, separators=(",", ":")).encode(), seed=version - 1)
 
 
 def _manifest(body: dict[str, Any], version: int) -> PartManifest:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from cluster.errors import StorageError
+from cluster.errors import ConfigurationError, StorageError
 from worker.store.folder import BlockStore
 from worker.store.part_bytes import READ_BYTES, PartBytes
 
@@ -39,7 +39,7 @@ def verify_parts(store: BlockStore, parts: Sequence[str], on_bytes: Callable[[in
     def examine(part: str) -> Damage | None:
         try:
             verify_part(store, part, on_bytes)
-        except StorageError as error:
+        except (StorageError, ConfigurationError) as error:  # the latter: of another version than the rest
             return Damage(part, error.message)
         return None
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from cluster.errors import ConfigurationError, StorageError
 from cluster.model_spec import Precision
@@ -19,10 +21,22 @@ def test_a_manifest_survives_its_file(precision: Precision, tmp_path: Path) -> N
 
 
 def test_another_version_is_refused_with_the_way_out() -> None:
-    document = json.loads(to_json(make_plan(Precision.INT8)))
-    document["version"] = 99
+    other = to_json(replace(make_plan(Precision.INT8), version=99))
     with pytest.raises(ConfigurationError, match=r"its format is 99.*cluster convert.*cluster store prune"):
-        from_json(json.dumps(document).encode(), "m")
+        from_json(other, "m")
+
+
+def test_a_changed_version_is_damage() -> None:
+    text = to_json(make_plan(Precision.INT8))
+    for version in (b"7", b"0", b"-1", b"1e9", b'"1"', b"null"):
+        with pytest.raises(StorageError, match=r"m\.json is damaged"):
+            from_json(text.replace(b'"version":1', b'"version":' + version), "m.json")
+
+
+def test_the_first_versions_checksum_is_that_of_the_manifest_alone() -> None:
+    document = json.loads(to_json(make_plan(Precision.INT8)))
+    body = json.dumps(document["manifest"], separators=(",", ":")).encode()
+    assert document["checksum"] == xxhash.xxh3_128_hexdigest(body)
 
 
 def test_every_changed_byte_is_noticed() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from cluster.errors import StorageError
 from cluster.model_spec import Precision
 from tests.worker.store.parts import PART, flip_bit, make_store, write
+from worker.store.manifest import to_json
 from worker.store.part_bytes import tensors_of
 from worker.store.verify import verify_part, verify_parts
 
@@ -35,6 +37,17 @@ def test_each_damaged_part_is_named_in_order(tmp_path: Path) -> None:
     for damage, word in zip(damages, ("bytes instead of", "cannot be read", "", "attention.o"), strict=True):
         assert damage.part in damage.message
         assert word in damage.message
+
+
+def test_a_part_of_another_version_is_told_and_the_others_are_verified(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    parts = ["block-0000", "block-0001", "head"]
+    manifests = [write(store, part) for part in parts]
+    store.manifest_path("block-0001").write_bytes(to_json(replace(manifests[1], version=7)))
+    flip_bit(store.path("head"), manifests[2].weights[0].pieces[0].tensors["weight"].offset)
+    other, damaged = verify_parts(store, parts, lambda _: None)
+    assert (other.part, damaged.part) == ("block-0001", "head")
+    assert "another version" in other.message
 
 
 def test_padding_is_no_damage(tmp_path: Path) -> None:
