@@ -35,9 +35,9 @@ class StageRecord:
     kv_dtype: str = ""
     wire_dtype: str = ""
     is_exact: bool = False
-    weight_bytes: int = 0
+    weight_bytes: int = 0  # in memory when it was loaded
     kv_bytes: int = 0
-    streamed_bytes: int = 0
+    streamed_bytes: int = 0  # read at every step when it was loaded
     disk_bytes_per_second: float = 0.0
     memory: MemoryPlan | None = None
     progress_bytes: int = 0
@@ -194,6 +194,9 @@ def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
 
 def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> service.StageStatus:
     worker, plan = record.worker, record.memory
+    resident_bytes = totals.resident_bytes or record.weight_bytes
+    all_bytes = record.weight_bytes + record.streamed_bytes
+    has_experts_on_disk = plan is not None and plan.expert_cache_bytes > 0
     return service.StageStatus(
         stage=record.stage,
         state=record.state,
@@ -216,8 +219,8 @@ def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> ser
         bubble_seconds=totals.bubble_ns / 1e9,
         received_bytes=totals.received_bytes,
         hop_seconds=totals.hop_seconds,
-        resident_bytes=totals.resident_bytes or record.weight_bytes,
-        streamed_bytes=record.streamed_bytes,
+        resident_bytes=resident_bytes,
+        streamed_bytes=record.streamed_bytes if has_experts_on_disk else all_bytes - resident_bytes,
         read_bytes=totals.read_bytes,
         stall_seconds=totals.stall_ns / 1e9,
         disk_bytes_per_second=record.disk_bytes_per_second,
@@ -226,4 +229,6 @@ def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> ser
         buffer_bytes=plan.buffer_bytes if plan else 0,
         expert_cache_bytes=plan.expert_cache_bytes if plan else 0,
         process_bytes=worker.process_bytes,
+        resident_share=min(1.0, resident_bytes / all_bytes) if all_bytes else 0.0,
+        read_bytes_per_second=1e9 * totals.read_bytes / totals.busy_ns if totals.busy_ns else 0.0,
     )

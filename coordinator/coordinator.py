@@ -167,7 +167,7 @@ class Coordinator:
 
     def _new_engine(self, placement: Placement, links: Sequence[StageLink]) -> tuple[Engine, Pipeline]:
         config = self._order.config
-        step_seconds = config.step_timeout + _reading_seconds(placement)
+        step_seconds = config.step_timeout + reading_seconds(placement)
         scheduler = Scheduler(
             Limits(
                 num_pages=placement.num_pages,
@@ -223,7 +223,10 @@ class Coordinator:
         return f"{self._order.listen_address}:{port}"
 
 
-def _reading_seconds(placement: Placement) -> float:
-    """Return how long a step may take to read what is not in memory. Whether it still moves is watched block by block,
-    so this deadline need not be tight."""
-    return sum(plan.memory.streamed_bytes for plan in placement.stages) / SLOW_DISK_BYTES_PER_SECOND
+def reading_seconds(placement: Placement) -> float:
+    """Return how long a step may take to read what is not in memory: where blocks are streamed, keys and values may
+    push out the others too. Whether it still moves is watched block by block, so this deadline need not be tight."""
+    plans = [plan.memory for plan in placement.stages if plan.memory.ring_bytes or plan.memory.expert_cache_bytes]
+    return (
+        sum(plan.weight_bytes - plan.small_bytes + plan.streamed_bytes for plan in plans) / SLOW_DISK_BYTES_PER_SECOND
+    )

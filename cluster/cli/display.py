@@ -153,11 +153,9 @@ def streaming_table(cluster: ClusterStatus) -> Table:
     columns = ("stage", "weights in memory", "read per step", "read", "while computing", "probed", "waited")
     table = _plain_table(*columns, title="weights from disk")
     for stage in cluster.stages:
-        total = stage.weight_bytes + stage.streamed_bytes
-        rate = stage.read_bytes / stage.busy_seconds if stage.busy_seconds else 0.0
         table.add_row(
-            *(str(stage.stage), f"{size(stage.resident_bytes)}, {stage.resident_bytes / max(1, total):.0%}"),
-            *(size(stage.streamed_bytes), size(stage.read_bytes), f"{size(rate)}/s"),
+            *(str(stage.stage), f"{size(stage.resident_bytes)}, {stage.resident_share:.0%}"),
+            *(size(stage.streamed_bytes), size(stage.read_bytes), f"{size(stage.read_bytes_per_second)}/s"),
             f"{size(stage.disk_bytes_per_second)}/s" if stage.disk_bytes_per_second else "too small",
             duration(stage.stall_seconds),
         )
@@ -167,7 +165,7 @@ def streaming_table(cluster: ClusterStatus) -> Table:
 def cluster_view(cluster: ClusterStatus) -> Group:
     """Return what `cluster status` prints."""
     tables = [cluster_table(cluster)]
-    if any(stage.streamed_bytes for stage in cluster.stages):
+    if any(stage.streamed_bytes or stage.read_bytes for stage in cluster.stages):
         tables.append(streaming_table(cluster))
     return Group(*tables)
 

@@ -200,7 +200,7 @@ class StageStatus:
     received_bytes: int
     hop_seconds: float | None  # from the finish of the stage before to the start here; median; None: not known
     resident_bytes: int  # of weights, in memory now
-    streamed_bytes: int  # of weights, read from disk at every step
+    streamed_bytes: int  # of weights, read from disk at every step now; of experts, all that are read on demand
     read_bytes: int  # by the steps since the epoch opened
     stall_seconds: float  # that they waited for it
     disk_bytes_per_second: float  # as probed when the span was loaded; 0: not probed
@@ -209,6 +209,8 @@ class StageStatus:
     buffer_bytes: int  # that computing or loading takes for a moment
     expert_cache_bytes: int
     process_bytes: int  # that the process took before it loaded anything
+    resident_share: float  # of the weights, in memory now, 0 to 1
+    read_bytes_per_second: float  # of `busy_seconds`
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,7 +154,7 @@ class DescribeClusterRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message", "num_steps", "busy_seconds", "bubble_seconds", "received_bytes", "hop_seconds", "resident_bytes", "streamed_bytes", "read_bytes", "stall_seconds", "disk_bytes_per_second", "num_streamed", "ring_bytes", "buffer_bytes", "expert_cache_bytes", "process_bytes")
+    __slots__ = ("stage", "state", "worker_id", "node_name", "address", "process_id", "device", "numerics", "weight_bytes", "kv_bytes", "free_memory_bytes", "total_memory_bytes", "progress_bytes", "progress_total_bytes", "busy_share", "message", "num_steps", "busy_seconds", "bubble_seconds", "received_bytes", "hop_seconds", "resident_bytes", "streamed_bytes", "read_bytes", "stall_seconds", "disk_bytes_per_second", "num_streamed", "ring_bytes", "buffer_bytes", "expert_cache_bytes", "process_bytes", "resident_share", "read_bytes_per_second")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,8 @@ class StageStatus(_message.Message):
     BUFFER_BYTES_FIELD_NUMBER: _ClassVar[int]
     EXPERT_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROCESS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_SHARE_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
     stage: int
     state: StageState
     worker_id: str
@@ -217,7 +219,9 @@ class StageStatus(_message.Message):
     buffer_bytes: int
     expert_cache_bytes: int
     process_bytes: int
-    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ..., num_steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., bubble_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., hop_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., disk_bytes_per_second: _Optional[float] = ..., num_streamed: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., buffer_bytes: _Optional[int] = ..., expert_cache_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ...) -> None: ...
+    resident_share: float
+    read_bytes_per_second: float
+    def __init__(self, stage: _Optional[int] = ..., state: _Optional[_Union[StageState, str]] = ..., worker_id: _Optional[str] = ..., node_name: _Optional[str] = ..., address: _Optional[str] = ..., process_id: _Optional[int] = ..., device: _Optional[str] = ..., numerics: _Optional[_Union[_generation_pb2.StageNumerics, _Mapping]] = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., free_memory_bytes: _Optional[int] = ..., total_memory_bytes: _Optional[int] = ..., progress_bytes: _Optional[int] = ..., progress_total_bytes: _Optional[int] = ..., busy_share: _Optional[float] = ..., message: _Optional[str] = ..., num_steps: _Optional[int] = ..., busy_seconds: _Optional[float] = ..., bubble_seconds: _Optional[float] = ..., received_bytes: _Optional[int] = ..., hop_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., streamed_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., stall_seconds: _Optional[float] = ..., disk_bytes_per_second: _Optional[float] = ..., num_streamed: _Optional[int] = ..., ring_bytes: _Optional[int] = ..., buffer_bytes: _Optional[int] = ..., expert_cache_bytes: _Optional[int] = ..., process_bytes: _Optional[int] = ..., resident_share: _Optional[float] = ..., read_bytes_per_second: _Optional[float] = ...) -> None: ...
 
 class DescribeClusterResponse(_message.Message):
     __slots__ = ("version", "protocol_version", "state", "message", "model", "stages", "num_running", "num_waiting", "max_waiting", "num_pages", "num_free_pages", "page_size", "uptime_seconds", "prompt_tokens_per_second", "output_tokens_per_second", "num_requests_finished", "num_requests_failed", "num_steps_in_flight", "epoch", "advice", "max_step_tokens")

@@ -101,6 +101,7 @@ def streaming():
     stage.weight_bytes = stage.resident_bytes = 30 * 2**30
     stage.streamed_bytes, stage.num_streamed, stage.ring_bytes = 10 * 2**30, 7, 384 * 2**20
     stage.buffer_bytes, stage.read_bytes, stage.busy_seconds = 500 * 2**20, 100 * 2**30, 50.0
+    stage.resident_share, stage.read_bytes_per_second = 0.75, 2 * 2**30
     stage.stall_seconds, stage.disk_bytes_per_second = 12.0, 1.5 * 2**30
     return read_cluster(status)
 
