@@ -124,6 +124,7 @@ def memory_table(cluster: ClusterStatus) -> Table:
         "node",
         "blocks",
         "precision",
+        "process",
         "resident",
         "read per step",
         "ring",
@@ -142,8 +143,8 @@ def memory_table(cluster: ClusterStatus) -> Table:
             streamed = f"experts of {size(stage.streamed_bytes)}, {size(stage.expert_cache_bytes)} cached"
         table.add_row(
             *(str(stage.stage), stage.node_name, _blocks(stage), stage.numerics.precision),
-            *(size(stage.weight_bytes), streamed or "none", size(stage.ring_bytes), size(stage.kv_bytes)),
-            *(size(stage.buffer_bytes), size(stage.free_memory_bytes)),
+            *(size(_process_bytes(stage)), size(stage.weight_bytes), streamed or "none", size(stage.ring_bytes)),
+            *(_kv_cache(stage), size(stage.buffer_bytes), _budget(stage)),
         )
     return table
 
@@ -180,7 +181,7 @@ def cluster_table(cluster: ClusterStatus) -> Table:
     for stage in cluster.stages:
         table.add_row(
             *(str(stage.stage), stage.node_name, stage.device, _blocks(stage), stage.numerics.precision),
-            *(size(stage.weight_bytes), size(stage.kv_bytes), size(stage.free_memory_bytes)),
+            *(size(stage.weight_bytes), size(stage.kv_bytes), _budget(stage)),
             f"{stage.busy_share:.0%}",
             f"{stage.state} {stage.message}".rstrip(),
             style=_COLOURS.get(stage.state) if stage.state == "lost" else None,
@@ -232,6 +233,21 @@ def _load(cluster: ClusterStatus) -> str:
 
 def _place(stage: StageStatus) -> str:
     return f"on {stage.node_name}" if stage.node_name else "(no node yet)"
+
+
+def _process_bytes(stage: StageStatus) -> int:
+    """Return what the process takes of its budget; that of a GPU is another memory."""
+    return stage.process_bytes if stage.device == "cpu" else 0
+
+
+def _budget(stage: StageStatus) -> str:
+    return size(stage.free_memory_bytes + _process_bytes(stage))
+
+
+def _kv_cache(stage: StageStatus) -> str:
+    """Where weights make room for keys and values, the two together fit and not the most of each."""
+    is_shared = stage.num_streamed and stage.device == "cpu"
+    return f"up to {size(stage.kv_bytes)}" if is_shared else size(stage.kv_bytes)
 
 
 def _blocks(stage: StageStatus) -> str:

@@ -124,6 +124,22 @@ def test_memory_is_shown_as_planned_once_and_before_anything_is_loaded():
     assert console.file.getvalue().count("memory for fake") == 1
 
 
+def test_the_parts_of_the_memory_table_fit_into_the_budget_that_was_given():
+    status = ready_status(num_stages=1)
+    stage = status.stages[0]
+    stage.process_bytes, stage.free_memory_bytes = 404 * 2**20, 746 * 2**20  # of --memory 1150MiB
+    stage.weight_bytes, stage.ring_bytes, stage.buffer_bytes = 149 * 2**20, 188 * 2**20, 354 * 2**20
+    stage.kv_bytes, stage.streamed_bytes, stage.num_streamed = 201 * 2**20, 252 * 2**20, 6
+    for part in ("404.0 MiB", "149.0 MiB", "188.0 MiB", "up to 201.0 MiB", "354.0 MiB", "1.1 GiB"):
+        assert part in printed(memory_table(read_cluster(status)))
+    assert "1.1 GiB" in printed(cluster_table(read_cluster(status)))
+    stage.device = "cuda:0"  # the process takes none of its memory, and keys and values do not share theirs
+    text = printed(memory_table(read_cluster(status)))
+    assert "746.0 MiB" in text
+    assert "404.0 MiB" not in text
+    assert "up to 201" not in text
+
+
 def test_status_of_a_streamed_stage_tells_share_speed_and_waiting():
     text = printed(cluster_view(streaming()))
     for part in ("30.0 GiB, 75%", "10.0 GiB", "100.0 GiB", "2.0 GiB/s", "1.5 GiB/s", "12 s"):
