@@ -5,6 +5,7 @@ Covers arguments and what the terminal shows; `worker.conversion` does the work.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,16 @@ DiscardSource = Annotated[
         "--discard-source", help="Delete each downloaded file once it is converted. Files of your own folders stay."
     ),
 ]
+StoreQuota = Annotated[
+    str,
+    typer.Option(envvar="SPANWISE_STORE_QUOTA", metavar="SIZE", help="What the block store may take; 0: no limit."),
+]
+DiskReserve = Annotated[
+    str,
+    typer.Option(
+        envvar="SPANWISE_DISK_RESERVE", metavar="SIZE", help="What downloading and converting leave free of a disk."
+    ),
+]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of a hub repository.")]
 Jobs = Annotated[
     int, typer.Option(min=1, help="Parts made at once: with 2, one is converted while the next is downloaded.")
@@ -73,6 +84,8 @@ def convert(
     store_dir: StoreDir = "",
     download_dir: DownloadDir = "",
     discard_source: DiscardSource = False,
+    store_quota: StoreQuota = "0",
+    disk_reserve: DiskReserve = "1GiB",
     revision: Revision = "main",
     jobs: Jobs = 1,
 ) -> None:
@@ -87,9 +100,16 @@ def convert(
     - `cluster convert bigscience/bloom --precision nf4 --blocks 0:35 --discard-source`
     - `cluster convert ./my-model --precision int8 --output ./my-model-int8`, then `cluster serve ./my-model-int8`
     """
+    from cluster.config import parse_size
     from cluster.load_order import StoreOptions
 
-    options = StoreOptions(store_dir and str(Path(store_dir).expanduser()), download_dir, discard_source)
+    options = StoreOptions(
+        store_folder=store_dir and str(Path(store_dir).expanduser()),
+        download_folder=download_dir,
+        is_source_discarded=discard_source,
+        quota_bytes=parse_size("store_quota", store_quota),
+        reserve_bytes=parse_size("disk_reserve", disk_reserve),
+    )
     typer.echo(_make(model, revision, precision, blocks, options, output, jobs))
     typer.echo("serve it with: " + _serve_command(model, precision, revision, store_dir, output))
 
@@ -117,20 +137,26 @@ def _make(
 def _parse_blocks(text: str, spec: ModelSpec) -> Span:
     from cluster.span import Span
 
-    first, _, end = text.partition(":")
+    first, colon, end = (text or ":").partition(":")
     try:
-        return Span(int(first or 0), int(end or spec.num_blocks)) if text else Span(0, spec.num_blocks)
+        if not colon:
+            raise ValueError
+        return Span(int(first or 0), int(end or spec.num_blocks))
     except ValueError as error:
         raise ConfigurationError(
-            f'--blocks must look like 0:35 (blocks 0 to 34 of the {spec.num_blocks} of {spec.name}), not "{text}"'
+            f'--blocks must be A:B for blocks A to B-1, of 0 to {spec.num_blocks - 1} of {spec.name}, not "{text}"'
         ) from error
 
 
 def _serve_command(model: str, precision: str, revision: str, store_dir: str, output: Path | None) -> str:
     if output is not None:
-        return f"cluster serve {output}"
-    others = [f"--{name} {value}" for name, value in (("revision", revision), ("store-dir", store_dir)) if value]
-    return " ".join(["cluster serve", model, "--precision", precision, *(o for o in others if o != "--revision main")])
+        return shlex.join(["cluster", "serve", str(output)])
+    command = ["cluster", "serve", model, "--precision", precision]
+    if revision != "main":
+        command += ["--revision", revision]
+    if store_dir:
+        command += ["--store-dir", store_dir]
+    return shlex.join(command)
 
 
 @contextmanager

@@ -43,8 +43,13 @@ def test_a_folder_of_its_own_is_a_model(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (("--precision", "int5"), "must be one of int8, nf4, bf16, fp16, fp32"),
-        (("--precision", "int8", "--blocks", "4:2"), "--blocks must look like 0:35"),
-        (("--precision", "int8", "--blocks", "first"), "--blocks must look like 0:35"),
+        (("--precision", "int8", "--blocks", "4:2"), "--blocks must be A:B for blocks A to B-1, of 0 to 5"),
+        (("--precision", "int8", "--blocks", "2:2"), "--blocks must be A:B"),
+        (("--precision", "int8", "--blocks", "5"), "--blocks must be A:B"),
+        (("--precision", "int8", "--blocks", "first"), "--blocks must be A:B"),
+        (("--precision", "int8", "--store-quota", "1kB"), "raise --store-quota"),
+        (("--precision", "int8", "--disk-reserve", "4000TB"), "--disk-reserve"),
+        (("--precision", "int8", "--store-quota", "some"), "store_quota must be a size like 12GiB"),
         (("--precision", "int8", "--blocks", "0:7"), "has blocks 0 to 5"),
     ],
 )
@@ -52,6 +57,20 @@ def test_what_cannot_be_converted_is_said(run: Run, tmp_path: Path, arguments: t
     result = run("convert", "bloom-tiny", "--store-dir", tmp_path, *arguments)
     assert result.exit_code != 0
     assert message in result.stderr
+
+
+def test_limits_come_from_the_environment_too(run: Run, tmp_path: Path) -> None:
+    arguments = ("convert", "bloom-tiny", "--precision", "int8", "--store-dir", tmp_path)
+    for variable in ({"SPANWISE_STORE_QUOTA": "1kB"}, {"SPANWISE_DISK_RESERVE": "4000TB"}):
+        assert run(*arguments, env=variable).exit_code == 1
+    assert run(*arguments).exit_code == 0
+
+
+def test_what_serves_the_result_can_be_pasted_into_a_shell(run: Run, tmp_path: Path) -> None:
+    arguments = ("convert", "bloom-tiny", "--precision", "int8", "--blocks", "1:2")
+    out, store = tmp_path / "out dir", tmp_path / "store dir"
+    assert f"cluster serve '{out}'" in run(*arguments, "--output", out).stdout
+    assert f"--store-dir '{store}'" in run(*arguments, "--store-dir", store).stdout
 
 
 def test_a_folder_that_holds_something_else_is_not_written_to(run: Run, tmp_path: Path) -> None:
