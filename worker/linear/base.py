@@ -23,16 +23,17 @@ class LinearNumerics:
 
 
 class Scratch:
-    """One buffer that the layers of a stage use in turn, so that upcasting allocates nothing."""
+    """One buffer that the layers of a stage use in turn, so that converting weights allocates nothing."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def take(self, rows: int, columns: int) -> Tensor:
-        """Return `[rows, columns]` of fp32 with any content; the next call may return the same memory."""
-        if self._buffer.numel() < rows * columns:
-            self._buffer = torch.empty(rows * columns)
-        return self._buffer[: rows * columns].view(rows, columns)
+    def take(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return `[rows, columns]` with any content; the next call may return the same memory."""
+        num_bytes = rows * columns * dtype.itemsize
+        if self._buffer.numel() < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffer[:num_bytes].view(dtype).view(rows, columns)
 
 
 class Linear(nn.Module):

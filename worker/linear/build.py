@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from cluster.errors import ConfigurationError
 from cluster.model_spec import Precision
 from worker.linear.base import Linear, LinearNumerics, Scratch
-from worker.linear.floating import build_floating
+from worker.linear.floating import build_floating, choose_product_dtype
 from worker.linear.int8 import Int8Group
 from worker.linear.int8_compiled import CompiledInt8Group, is_compiled
 from worker.linear.nf4 import build_nf4
@@ -50,14 +51,27 @@ def _build_int8(group: list[tuple[StoredWeight, Tensor | None]], numerics: Linea
 
 
 def _build_one(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics, scratch: Scratch) -> nn.Module:
-    bias = None if bias is None else bias.to(numerics.compute)
+    product = replace(numerics, compute=choose_product_dtype(numerics))
+    bias = None if bias is None else bias.to(product.compute)
     if weight.kind is Precision.NF4:
-        linear = build_nf4(weight, bias, numerics)
+        linear = build_nf4(weight, bias, product)
     else:
-        linear = build_floating(weight, bias, numerics, scratch)
+        linear = build_floating(weight, bias, product, scratch)
     if numerics.is_exact and not weight.is_streamed:
-        check_rows(linear, torch.zeros(1, weight.shape[1], dtype=numerics.compute, device=numerics.device))
-    return linear
+        check_rows(linear, torch.zeros(1, weight.shape[1], dtype=product.compute, device=product.device))
+    return linear if product == numerics else WidenedLinear(linear)
+
+
+class WidenedLinear(nn.Module):
+    """Multiplies in fp32 what comes and goes in a dtype that this CPU cannot multiply in."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        widened: Tensor = self.linear(x.float())
+        return widened.to(x.dtype)
 
 
 def check_rows(linear: Linear, zeros: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Linear layers over 32-bit and 16-bit weights, resident or streamed.
 
-On CPUs all products are oneDNN's, over weights packed for it where they are resident in the compute dtype: at 4 to 16
-rows on one thread that takes about half the time of `torch.nn.functional.linear`.
+On CPUs all products are oneDNN's, over weights packed for it where they are resident in the dtype of the product: at 4
+to 16 rows on one thread that takes about half the time of `torch.nn.functional.linear`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MIN_ROWS = 4  # oneDNN takes longer for 1 to 3 rows than for 4, and only a singl
 FIXED_ROWS = 64  # of exact products where a library's bits depend on the number of rows
 PACKING_ROWS = 8  # the number of rows to pack for; packs for 8 to 512 take equally long at every number of rows
 ROW_STEP = 16  # output rows; where weights are cut at other numbers, oneDNN's fp32 rounds otherwise than over the whole
-SCRATCH_BYTES = 4 << 20  # of upcast weights at a time; oneDNN's cost per call outweighs a better fitting cache
+SCRATCH_BYTES = 4 << 20  # of converted weights at a time; oneDNN's cost per call outweighs a better fitting cache
 
 
 class PlainLinear(Linear):
@@ -66,13 +66,13 @@ class PackedLinear(Linear):
         self._packed = [(_part(bias, piece.first_row, piece.num_rows), _pack(piece)) for piece in weight.pieces()]
 
     def multiply(self, rows: Tensor) -> Tensor:
-        products = [_onednn(rows, packed, bias) for bias, packed in self._packed]
+        products = [onednn_linear(rows, packed, bias) for bias, packed in self._packed]
         return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 class PieceLinear(Linear):
-    """oneDNN's product over weights as stored, in fp32 or natively; 16-bit weights under fp32 are upcast, a
-    cache-sized tile of output rows at a time."""
+    """oneDNN's product over weights as stored; those of another dtype than the product's are converted, a cache-sized
+    tile of output rows at a time."""
 
     def __init__(
         self, weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics, scratch: Scratch, min_rows: int
@@ -85,15 +85,26 @@ class PieceLinear(Linear):
         out = rows.new_empty(rows.shape[0], self.num_out)
         for piece in self.weight.pieces():
             for start, stop in _tiles(piece.num_rows, self._tile):
-                weight = self._upcast(piece.tensors["weight"][start:stop])
+                weight = self._convert(piece.tensors["weight"][start:stop])
                 first, count = piece.first_row + start, stop - start
-                out[:, first : first + count] = _onednn(rows, weight, _part(self.bias, first, count))
+                out[:, first : first + count] = onednn_linear(rows, weight, _part(self.bias, first, count))
         return out
 
-    def _upcast(self, stored: Tensor) -> Tensor:
+    def _convert(self, stored: Tensor) -> Tensor:
         if stored.dtype == self._compute:
             return stored
-        return self.scratch.take(stored.shape[0], stored.shape[1]).copy_(stored)
+        return self.scratch.take(stored.shape[0], stored.shape[1], self._compute).copy_(stored)
+
+
+def choose_product_dtype(numerics: LinearNumerics) -> torch.dtype:
+    """Return what to multiply in: the compute dtype, or fp32 where this CPU's oneDNN has no products of that."""
+    if numerics.device.type != "cpu":
+        return numerics.compute
+    zeros = torch.zeros(ROW_STEP, ROW_STEP, dtype=numerics.compute)
+    try:
+        return onednn_linear(zeros, zeros, None).dtype
+    except RuntimeError:
+        return torch.float32
 
 
 def build_floating(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumerics, scratch: Scratch) -> Linear:
@@ -122,6 +133,9 @@ def _pack(piece: Piece) -> Tensor:
     return packed
 
 
-def _onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return oneDNN's product of tensors of one dtype, or torch's where it was built without oneDNN."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return functional.linear(rows, weight, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return product

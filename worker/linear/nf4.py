@@ -1,8 +1,8 @@
 """Linear layers over 4-bit weights.
 
 On CPUs a compiled kernel multiplies codes as they are stored, so a weight may as well be streamed. Where it cannot
-(without the compiled library, in fp16, or where blocks of 64 do not end with rows), cache-sized tiles are turned into
-floats by bitsandbytes and multiplied by oneDNN. On CUDA bitsandbytes does it all.
+(without the compiled library, in fp16 where oneDNN multiplies that, or where blocks of 64 do not end with rows),
+cache-sized tiles are turned into floats by bitsandbytes and multiplied by oneDNN. On CUDA bitsandbytes does it all.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.linear.base import Linear, LinearNumerics
+from worker.linear.floating import MIN_ROWS, onednn_linear
 from worker.native.nf4 import Nf4Product, is_possible
 from worker.quantization.nf4 import BLOCK, VALUES, decode_absmax, tiles
 from worker.stored_weight import Piece, StoredWeight, hold
 
-MIN_ROWS = 4  # below that oneDNN gives a row other bits than among others
 FLOAT_TILE_BYTES = 4 << 20  # of weights turned into floats; oneDNN's cost per call outweighs a better fitting cache
 
 
@@ -38,7 +38,7 @@ class TiledNf4Linear(Linear):
         for span, codes, absmax in tiles(self.weight, FLOAT_TILE_BYTES // rows.itemsize):
             floats = _to_floats(codes, absmax, len(span), self.weight.shape[1], rows.dtype)
             bias = None if self.bias is None else self.bias[span.start : span.stop]
-            out[:, span.start : span.stop] = _product(rows, floats, bias)
+            out[:, span.start : span.stop] = onednn_linear(rows, floats, bias)
         return out
 
 
@@ -113,13 +113,6 @@ def _to_floats(codes: Tensor, absmax: Tensor, num_rows: int, num_columns: int, d
 
 def _move(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {role: tensor.to(device) for role, tensor in tensors.items()}
-
-
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return functional.linear(rows, weight, bias)
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return product
 
 
 @cache

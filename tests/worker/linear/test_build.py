@@ -76,6 +76,22 @@ def test_computes_in_bf16_where_the_processor_does() -> None:
     torch.testing.assert_close(out.float(), x @ weight.T, rtol=2e-2, atol=0.2)
 
 
+@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("compute", DTYPES.values())
+@pytest.mark.parametrize("shape", [(96, 64), (33, 51)])
+@pytest.mark.parametrize("is_exact", [False, True])
+def test_weights_of_every_precision_are_computed_with_in_every_dtype(
+    precision: Precision, compute: torch.dtype, shape: tuple[int, int], is_exact: bool
+) -> None:
+    weight, bias, x = random(*shape, seed=1), random(shape[0], seed=2), random(5, shape[1], seed=3).to(compute)
+    numerics = LinearNumerics(compute, CPU, is_exact)
+    (built,) = build_linears([encode("layer", weight, precision)], [bias], numerics, Scratch())
+    out, expected = built(x), x.float() @ weight.T + bias
+    assert out.dtype == compute
+    error = 0.15 if precision is Precision.NF4 else 0.02
+    assert (out.float() - expected).norm() <= error * expected.norm()
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.usefixtures("num_threads")
@@ -124,7 +140,7 @@ def test_layers_share_one_scratch_of_bounded_size() -> None:
         layer(torch.ones(1, 1024))
         assert isinstance(layer, PieceLinear)
         assert layer.scratch is scratch
-    assert scratch.take(1, 1).untyped_storage().nbytes() == SCRATCH_BYTES
+    assert scratch.take(1, 1, torch.float32).untyped_storage().nbytes() == SCRATCH_BYTES
 
 
 def numerics_of(*, is_exact: bool = False) -> LinearNumerics:

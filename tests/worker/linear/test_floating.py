@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from cluster.model_spec import Precision
 from worker.linear import LinearNumerics, Scratch, build_linears
 from worker.linear.floating import FixedRowsLinear, PlainLinear
-from worker.numerics import DTYPES, has_native_bf16
+from worker.numerics import DTYPES
 from worker.quantization.encode import encode
 from worker.stored_weight import MemoryWeight, Piece
 
 CPU = torch.device("cpu")
-FORMS = [(Precision.FP32, torch.float32), (Precision.BF16, torch.float32), (Precision.FP16, torch.float32)]
-if has_native_bf16():
-    FORMS.append((Precision.BF16, torch.bfloat16))
+FORMS = [
+    *((Precision(name), torch.float32) for name in DTYPES),
+    (Precision.BF16, torch.bfloat16),
+    (Precision.FP32, torch.bfloat16),
+    (Precision.FP16, torch.float16),
+]
 
 
 @dataclass(frozen=True, slots=True)
