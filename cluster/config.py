@@ -41,7 +41,7 @@ class ServeConfig:
         6.0, "of int8: inputs of at least this magnitude, or ten times the mean of their token, keep 16 bits"
     )
     kv_dtype: str = _setting("auto", "of keys and values: fp32, bf16 or fp16; auto: the compute dtype")
-    wire_dtype: str = _setting("auto", "between stages; auto: fp32 where a stage computes in fp32, else bf16")
+    wire_dtype: str = _setting("auto", "between stages: fp32, bf16 or fp16; auto: the compute dtype")
     max_context: int = _setting(0, "tokens of prompt and answer; 0: what model and memory allow, at most 4096")
     host: str = _setting("127.0.0.1", "address that clients connect to; 0.0.0.0: any of this machine")
     port: int = _setting(DEFAULT_PORT, "port that clients connect to; 0: any free one")

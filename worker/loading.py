@@ -303,8 +303,7 @@ def _choose_numerics(order: LoadOrder, device: torch.device) -> StageNumerics:
     is_native = has_native_bf16()
     compute = choose_compute_dtype(order.precision, device, is_bf16_native=is_native, asked=order.compute_dtype)
     stored = compute if order.precision.is_quantized else DTYPES[order.precision.value]
-    automatic = torch.float32 if compute is torch.float32 else torch.bfloat16
-    wire = DTYPES.get(order.wire_dtype, automatic)
+    wire = DTYPES.get(order.wire_dtype, compute)
     return StageNumerics(stored, compute, wire, device, order.is_exact)
 
 

@@ -194,9 +194,10 @@ class Stage:
     def _to_wire(self, hidden: Tensor) -> Tensor:
         sent = hidden.to("cpu", self._numerics.wire)
         if sent.dtype is torch.float16 and not bool(sent.isfinite().all()):
+            setting = "--compute-dtype" if self._numerics.compute is torch.float16 else "--wire-dtype"
             raise ConfigurationError(
                 f"the hidden states that stage {self._stage} (blocks {self._span}) sends do not fit fp16: "
-                "serve with --wire-dtype bf16 or fp32"
+                f"serve with {setting} bf16 or fp32"
             )
         return sent
 

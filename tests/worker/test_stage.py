@@ -32,6 +32,16 @@ def test_hidden_states_travel_packed_in_the_wire_dtype(folder: Path) -> None:
         assert output.tensors[HIDDEN_STATES].dtype is expected
 
 
+@pytest.mark.parametrize("compute_dtype", ["fp32", "bf16", "fp16"])
+def test_more_stages_change_no_bit_of_the_logits(folder: Path, compute_dtype: str) -> None:
+    with recorded_logits() as of_one:
+        load_pipeline(folder, 1, compute_dtype=compute_dtype).generate(PROMPT, 2)
+    with recorded_logits() as of_three:
+        load_pipeline(folder, 3, compute_dtype=compute_dtype).generate(PROMPT, 2)
+    assert len(of_one) == 2
+    assert all(torch.equal(one, three) for one, three in zip(of_one, of_three, strict=True))
+
+
 @pytest.mark.parametrize("wire_dtype", ["bf16", "fp16"])
 def test_a_narrow_wire_changes_logits_little(folder: Path, wire_dtype: str) -> None:
     with recorded_logits() as exact:
@@ -41,13 +51,14 @@ def test_a_narrow_wire_changes_logits_little(folder: Path, wire_dtype: str) -> N
     assert 0 < (narrow[0] - exact[0]).abs().max() < 0.1
 
 
-def test_hidden_states_beyond_fp16_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("setting", ["--wire-dtype", "--compute-dtype"])
+def test_hidden_states_beyond_fp16_are_an_error_that_says_what_to_do(tmp_path: Path, setting: str) -> None:
     folder = make_checkpoint(tmp_path, "bloom")
-    driver = load_pipeline(folder, 2, wire_dtype="fp16")
+    driver = load_pipeline(folder, 2, **{setting.strip("-").replace("-", "_"): "fp16"})
     with torch.no_grad():
-        driver.stages[0]._entrance.module.word_embeddings_layernorm.weight.fill_(1e5)
+        driver.stages[0]._entrance.module.word_embeddings_layernorm.weight.fill_(6e4)
     header = driver.header({driver.add(PROMPT): 7})
-    with pytest.raises(ConfigurationError, match=r"stage 0 \(blocks \[0, 1\)\).*--wire-dtype bf16"):
+    with pytest.raises(ConfigurationError, match=rf"stage 0 \(blocks \[0, 1\)\).*{setting} bf16"):
         driver.stages[0].execute(header, {}, lambda _: None)
 
 
