@@ -131,8 +131,10 @@ class Ledger:
         """Return the size of the ring of a stage that streams, in the machine's own memory. Experts need none."""
         if self._has_experts:
             return 0
-        slots = _host_bytes(worker) // RING_SHARE // self._slot_bytes(span)
-        return self._slot_bytes(span) * min(MAX_RING_SLOTS, max(MIN_RING_SLOTS, slots))
+        slot, share = self._slot_bytes(span), _host_bytes(worker) // RING_SHARE
+        if worker.device == "cpu":  # of the rest alone: a larger budget must not make a larger ring that does not fit
+            share = min(share, MIN_RING_SLOTS * slot + worker.free_memory_bytes - self._streamed_bytes(worker, span))
+        return slot * min(MAX_RING_SLOTS, max(MIN_RING_SLOTS, share // slot))
 
     def host_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return what a worker with a GPU takes of the machine's own memory; 0 for others, whose budget that is."""
@@ -156,9 +158,8 @@ class Ledger:
     def least_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the least memory that the span needs: with all that can be streamed being streamed, or with nothing
         if that is less."""
-        streamed = self._buffer_bytes(worker, span, is_resident=False) + self.min_kv_bytes(worker, span)
-        streamed += self.small_bytes(span) + self._stays_bytes(span) + self._ring_share(worker, span)
-        return max(min(self._resident_bytes(worker, span), streamed), self._conversion_bytes(span))
+        least = min(self._resident_bytes(worker, span), self._streamed_bytes(worker, span))
+        return max(least, self._conversion_bytes(span))
 
     def can_serve(self, worker: WorkerInfo, span: Span) -> bool:
         """Tell whether the span fits, streamed as far as it must be, with one sequence as long as the context."""
@@ -256,6 +257,12 @@ class Ledger:
         """Return the memory that the span needs with nothing being streamed."""
         buffers = self._buffer_bytes(worker, span, is_resident=True)
         return self.weight_bytes(span) + self.min_kv_bytes(worker, span) + buffers
+
+    def _streamed_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the memory that the span needs with all that can be streamed being streamed, by the smallest ring."""
+        slots = 0 if self._has_experts else MIN_RING_SLOTS if worker.device == "cpu" else GPU_SLOTS
+        kept = self.small_bytes(span) + self._stays_bytes(span) + slots * self._slot_bytes(span)
+        return self._buffer_bytes(worker, span, is_resident=False) + kept + self.min_kv_bytes(worker, span)
 
     def _buffer_bytes(self, worker: WorkerInfo, span: Span, *, is_resident: bool) -> int:
         """What is stored as floats and all resident is read from the checkpoint weight by weight, everything else from

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 from cluster.errors import ConfigurationError
 from cluster.microbatch import Epoch
@@ -27,7 +27,9 @@ __all__ = ["PlacementOptions", "place"]
 Cut = Sequence[tuple[WorkerInfo, Span]]
 """The workers in pipeline order, each with its span."""
 
-MIN_CONTEXT = 256  # below which none is chosen on anybody's behalf
+MIN_CONTEXT = 256  # below which none is chosen on anybody's behalf, or suggested
+MIN_STEP_TOKENS = 16  # likewise
+PROCESS_NOISE_SHARE = 32  # of what a process takes before it loads anything: by that it may take more the next time
 
 StageCost = Callable[[WorkerInfo, Span], float]
 
@@ -41,26 +43,43 @@ def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOp
             f"{len(workers)} workers cannot share {num_blocks} blocks, each needs at least one; "
             f"use --workers with a number from 1 to {num_blocks}"
         )
-    cut, ledger = _fitting(_by_node(workers), sizes, options)
+    cut, ledger = _first_fit(_by_node(workers), sizes, options)
+    if not _fits(cut, ledger):
+        raise ConfigurationError(_what_does_not_fit(cut, ledger, _help(workers, sizes, ledger.options)))
     if not all(ledger.is_resident(worker, span) for worker, span in cut):
         ledger = Ledger(sizes, ledger.options, _streamed_step_tokens(cut, ledger))
     placement = _planned(cut, ledger)
     return replace(placement, advice=_advice(placement, workers, sizes, options))
 
 
-def _fitting(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> tuple[Cut, Ledger]:
-    """Return a cut that fits, with the longest context for which there is one if that may be chosen."""
+def _first_fit(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> tuple[Cut, Ledger]:
+    """Return a cut that fits, with the longest context for which there is one if that may be chosen; without one, what
+    was tried last."""
     contexts = [options.max_context]
-    while not options.is_context_fixed and contexts[-1] >= 2 * MIN_CONTEXT:
-        contexts.append(contexts[-1] // 2)
-    refusal = ""
+    if not options.is_context_fixed:
+        contexts += _shorter_contexts(options)
     for context in contexts:
         ledger = Ledger(sizes, replace(options, max_context=context), options.max_step_tokens)
         cut = _cut(workers, len(sizes.blocks), ledger)
-        if all(ledger.can_serve(worker, span) for worker, span in cut):
-            return cut, ledger
-        refusal = refusal or _what_does_not_fit(cut, ledger, _lighter_help(workers, sizes, options))
-    raise ConfigurationError(refusal)
+        if _fits(cut, ledger):
+            break
+    return cut, ledger
+
+
+def _fits(cut: Cut, ledger: Ledger) -> bool:
+    return all(ledger.can_serve(worker, span) for worker, span in cut)
+
+
+def _shorter_contexts(options: PlacementOptions) -> list[int]:
+    return [size for size in _halves(options.max_context) if size >= MIN_CONTEXT]
+
+
+def _shorter_steps(options: PlacementOptions) -> list[int]:
+    return [size for size in _halves(options.max_step_tokens) if size >= MIN_STEP_TOKENS]
+
+
+def _halves(size: int) -> list[int]:
+    return [size >> shift for shift in range(1, size.bit_length())]
 
 
 def _planned(cut: Cut, ledger: Ledger) -> Placement:
@@ -108,18 +127,23 @@ def _by_node(workers: Sequence[WorkerInfo]) -> list[WorkerInfo]:
 
 
 def _cut(workers: Sequence[WorkerInfo], num_blocks: int, ledger: Ledger) -> Cut:
-    """Cut the blocks into one span per worker: a cut that fits before any that does not, then with the least read from
-    disk at the stage that reads most, then with bytes in proportion to memory, as far as whole blocks allow."""
-    most, spans = _cheapest(workers, num_blocks, partial(_reading, ledger), max)
-    cost = partial(_unevenness, ledger)
-    if not math.isinf(most):
-        cost = partial(_bounded_unevenness, ledger, most)
-    _, spans = _cheapest(workers, num_blocks, cost, _plus)
+    """Cut the blocks into one span per worker: with the least read from disk at the stage that reads most, then with
+    bytes in proportion to memory, as far as whole blocks allow. Where no cut fits: the one that lacks least."""
+    measure = partial(_reading, ledger)
+    most, _ = _cheapest(workers, num_blocks, measure, max)
+    if math.isinf(most):
+        measure = partial(_strain, ledger)
+        most, _ = _cheapest(workers, num_blocks, measure, max)
+    _, spans = _cheapest(workers, num_blocks, partial(_bounded_unevenness, ledger, measure, most), _plus)
     return list(zip(workers, spans, strict=True))
 
 
 def _reading(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
     return ledger.shortfall_bytes(worker, span) if ledger.can_serve(worker, span) else math.inf
+
+
+def _strain(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
+    return ledger.least_bytes(worker, span) / max(1, worker.free_memory_bytes)
 
 
 def _unevenness(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
@@ -128,8 +152,8 @@ def _unevenness(ledger: Ledger, worker: WorkerInfo, span: Span) -> float:
     return held**2 / max(1, ledger.room(worker, span))
 
 
-def _bounded_unevenness(ledger: Ledger, most: float, worker: WorkerInfo, span: Span) -> float:
-    return _unevenness(ledger, worker, span) if _reading(ledger, worker, span) <= most else math.inf
+def _bounded_unevenness(ledger: Ledger, measure: StageCost, most: float, worker: WorkerInfo, span: Span) -> float:
+    return _unevenness(ledger, worker, span) if measure(worker, span) <= most else math.inf
 
 
 def _plus(left: float, right: float) -> float:
@@ -150,7 +174,7 @@ def _cheapest(
         ends = range(index + 1, num_blocks - num_left + 1) if num_left else [num_blocks]
         best = {
             end: min(
-                (combine(before, cost(worker, Span(start, end))), [*borders, end])
+                (before if math.isinf(before) else combine(before, cost(worker, Span(start, end))), [*borders, end])
                 for start, (before, borders) in best.items()
                 if start < end
             )
@@ -182,43 +206,63 @@ def _precisions_without_streaming(
     for precision in lighter_precisions(options):
         ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
         cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
-        if all(ledger.can_serve(*stage) and ledger.is_resident(*stage) for stage in cut):
+        if _fits(cut, ledger) and all(ledger.is_resident(*stage) for stage in cut):
             return [f"--precision {precision.value} would fit without streaming"]
     return []
 
 
-def _lighter_help(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> list[str]:
-    """Name the most accurate precision that fits, if another one does."""
-    for precision in lighter_precisions(options):
-        ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
-        cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
-        if all(ledger.can_serve(*stage) for stage in cut):
-            return [f"smaller weights (--precision {precision.value} would fit)"]
-    return []
+def _help(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> list[str]:
+    """Name the settings of which one alone makes the model fit, each with the mildest value tried that does."""
+    kv_dtypes = ["bf16"] if options.kv_dtype == "auto" else []
+    settings = [
+        [(f"--precision {kind.value}", replace(options, precision=kind)) for kind in lighter_precisions(options)],
+        [(f"--max-context {size}", replace(options, max_context=size)) for size in _shorter_contexts(options)],
+        [(f"--max-step-tokens {size}", replace(options, max_step_tokens=size)) for size in _shorter_steps(options)],
+        [(f"--kv-dtype {kind}", replace(options, kv_dtype=kind)) for kind in kv_dtypes],
+    ]
+    help_ = [[text for text, changed in group if _can_place(workers, sizes, changed)][:1] for group in settings]
+    if _can_place([*workers, *workers], sizes, options):
+        help_.append(["more workers with as much memory (--workers)"])
+    return list(chain.from_iterable(help_))
+
+
+def _can_place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> bool:
+    if len(workers) > len(sizes.blocks):
+        return False
+    measure = partial(_reading, Ledger(sizes, options, options.max_step_tokens))
+    return not math.isinf(_cheapest(_by_node(workers), len(sizes.blocks), measure, max)[0])
 
 
 def _what_does_not_fit(cut: Cut, ledger: Ledger, help_: Sequence[str]) -> str:
     """Say what every stage needs and has, and what would help."""
-    options = ledger.options
     lines = [_needs(stage, worker, span, ledger) for stage, (worker, span) in enumerate(cut)]
-    helps = [
-        *help_,
-        "more or larger workers (--workers, --memory)",
-        f"a context below {options.max_context} (--max-context)",
-        f"steps of fewer than {ledger.step_tokens} tokens (--max-step-tokens)",
-    ]
-    if options.kv_dtype == "auto" and any(worker.device == "cpu" for worker, _ in cut):
-        helps.append("keys and values in 16 bits (--kv-dtype bf16)")
-    if options.kv_memory_bytes:
-        helps.append(f"more than {_size(options.kv_memory_bytes)} of KV per stage (--kv-memory)")
     return "\n".join(
         [
-            f"the model does not fit with room for one sequence of {options.max_context} tokens, even with all that "
-            "can be read from disk at every step being read:",
+            f"the model does not fit with room for one sequence of {ledger.options.max_context} tokens, even with all "
+            "that can be read from disk at every step being read:",
             *lines,
-            f"what would help: {', '.join(helps)}",
+            f"what would help: {'; or '.join([*_larger_sizes(cut, ledger), *help_])}",
         ]
     )
+
+
+def _larger_sizes(cut: Cut, ledger: Ledger) -> list[str]:
+    """Name the sizes that are too small for the cut, each with what the stage that needs most needs."""
+    least: dict[str, int] = {}
+    for worker, span in cut:
+        is_cpu = worker.device == "cpu"
+        kv_limit = ledger.options.kv_memory_bytes
+        sizes = [
+            ("--memory" if is_cpu else "--gpu-memory", ledger.least_bytes(worker, span), worker.free_memory_bytes),
+            ("--memory", ledger.host_bytes(worker, span), worker.free_host_bytes),
+            ("--kv-memory", ledger.min_kv_bytes(worker, span) if kv_limit else 0, kv_limit),
+        ]
+        for flag, needed, given in sizes:
+            if needed > given:
+                if flag == "--memory":  # which counts the whole process, and that differs from start to start
+                    needed += worker.process_bytes + worker.process_bytes // PROCESS_NOISE_SHARE
+                least[flag] = max(least.get(flag, 0), needed)
+    return [f"{flag} {math.ceil(size / 2**20)}MiB" for flag, size in least.items()]
 
 
 def _needs(stage: int, worker: WorkerInfo, span: Span, ledger: Ledger) -> str:

@@ -139,8 +139,58 @@ def test_what_does_not_fit_even_streamed_is_said_for_every_stage_with_what_would
     assert "stage 0 on a, blocks [0, 32): weights 2.00 GiB + KV 2.00 GiB + buffers 0.25 GiB, with streaming" in message
     assert "2.44 GiB in all, may use 0.50 GiB beside the 0.50 GiB that its process takes" in message
     assert "stage 1 on b" in message
-    for setting in ("--workers", "--memory", "--max-context", "--max-step-tokens"):
-        assert setting in message
+    assert "what would help: --memory 3024MiB" in message
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"precision": Precision.BF16},
+        {"max_context": 512},
+        {"max_step_tokens": 256},
+        {"kv_dtype": "bf16"},
+    ],
+)
+def test_exactly_the_settings_that_would_make_the_model_fit_are_named(changed: dict[str, object]) -> None:
+    options = replace(OPTIONS, max_step_tokens=1024)
+    sizes = replace(model(2, kv=2**15), num_output_elements=2**17)
+    least = least_memory(sizes, options)
+    (name,) = changed
+    flag = f"--{name.replace('_', '-')} {getattr(changed[name], 'value', changed[name])}"
+    changed_least = least_memory(sizes, replace(options, **changed))  # type: ignore[arg-type]  # a field's own value
+    assert changed_least < least
+    for free, is_named in ((changed_least, True), (changed_least - 2**20, False)):
+        with pytest.raises(ConfigurationError) as caught:
+            place([worker("a", free)], sizes, options)
+        assert (flag in str(caught.value)) == is_named
+
+
+def least_memory(sizes: ModelSizes, options: PlacementOptions, *, num_workers: int = 1) -> int:
+    """Return the --memory that the refusal of workers without any names."""
+    with pytest.raises(ConfigurationError, match="--memory") as caught:
+        place([worker(str(index), 0) for index in range(num_workers)], sizes, options)
+    return int(str(caught.value).partition("help: --memory ")[2].partition("MiB")[0]) * 2**20
+
+
+def test_more_workers_are_suggested_where_they_would_help() -> None:
+    with pytest.raises(ConfigurationError, match="or more workers with as much memory"):
+        place([worker("a", GIB)], model(32, kv=2**13), OPTIONS)
+    with pytest.raises(ConfigurationError) as caught:
+        place([worker("a", GIB)], model(1, kv=2**20), OPTIONS)
+    assert "more workers" not in str(caught.value)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2**16, 2**26), min_size=3, max_size=8), st.integers(0, 2**26), st.integers(1, 3))
+def test_the_memory_that_a_refusal_names_is_enough_and_so_is_more_and_less_is_not(
+    blocks: list[int], head: int, num_workers: int
+) -> None:
+    sizes = sizes_of(blocks, head, 2**12)
+    least = least_memory(sizes, OPTIONS, num_workers=num_workers)
+    for extra in (0, 2**20, 2**26, 2**29):
+        assert place([worker(str(index), least + extra) for index in range(num_workers)], sizes, OPTIONS).num_pages
+    with pytest.raises(ConfigurationError):
+        place([worker(str(index), least - 2**20) for index in range(num_workers)], sizes, OPTIONS)
 
 
 def test_a_precision_is_suggested_only_where_it_would_help() -> None:
@@ -154,7 +204,7 @@ def test_a_precision_is_suggested_only_where_it_would_help() -> None:
 
 def test_a_precision_that_would_fit_is_named_in_the_refusal() -> None:
     options = replace(OPTIONS, max_step_tokens=1)
-    with pytest.raises(ConfigurationError, match="--precision nf4 would fit"):
+    with pytest.raises(ConfigurationError, match="--precision nf4"):
         place([worker("a", 420 * 2**20)], model(1, block=2**28), options)
 
 
@@ -163,10 +213,11 @@ def test_a_context_that_nobody_asked_for_is_shortened_until_it_fits() -> None:
     placement = place([worker("a", GIB)], model(32, kv=2**13), options)
     assert placement.max_context == 512
     assert "contexts of 512 tokens instead of 4096" in placement.advice
-    with pytest.raises(ConfigurationError, match=r"(?s)one sequence of 4096 tokens.*--kv-dtype bf16"):
+    with pytest.raises(ConfigurationError, match=r"(?s)one sequence of 4096 tokens.*--max-context 512"):
         place([worker("a", GIB)], model(32, kv=2**13), replace(options, is_context_fixed=True))
-    with pytest.raises(ConfigurationError, match="one sequence of 4096 tokens"):
+    with pytest.raises(ConfigurationError, match="one sequence of 256 tokens") as caught:
         place([worker("a", GIB // 8)], model(32, kv=2**13), options)
+    assert "--max-context" not in str(caught.value)
 
 
 def test_a_gpu_without_host_memory_for_the_ring_is_refused_with_both_numbers() -> None:
@@ -194,8 +245,8 @@ def test_what_4_bit_weights_become_on_a_gpu_is_among_its_buffers() -> None:
     assert on_gpu - on_cpu >= 2**26 * 2  # half a block in bf16
 
 
-def test_kv_memory_too_small_for_one_context_is_refused_by_name() -> None:
-    with pytest.raises(ConfigurationError, match="--kv-memory"):
+def test_kv_memory_too_small_for_one_context_is_refused_with_what_would_do() -> None:
+    with pytest.raises(ConfigurationError, match=r"what would help: --kv-memory 8MiB$"):
         place([worker("a", 8 * GIB)], model(4), replace(OPTIONS, kv_memory_bytes=2**20))
 
 
