@@ -8,7 +8,9 @@ brings its tensors.
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,12 +18,12 @@ from pathlib import Path
 
 from cluster.errors import StorageError
 from cluster.load_order import LoadOrder, LoadProgress
-from cluster.model_spec import CheckpointFile
+from cluster.model_spec import CheckpointFile, FolderSource
 from worker.architectures import Architecture
 from worker.architectures.base import Part
 from worker.blocks import count_weights
 from worker.checkpoint_weights import CheckpointWeights, needed_names
-from worker.free_space import FreeBytes, free_bytes, require_space
+from worker.free_space import FreeBytes, free_bytes
 from worker.sharing.holders import Neighbours
 from worker.sharing.parts import borrow_part
 from worker.store.convert import convert_part
@@ -29,10 +31,16 @@ from worker.store.copied import remove_damaged
 from worker.store.fill_meter import FillMeter
 from worker.store.folder import BlockStore, describe_source
 from worker.store.key import EMBEDDING
-from worker.store.room import require_room
+from worker.store.room import require_all_room
 from worker.weights import CheckpointSource, needed_files
 
+logger = logging.getLogger(__name__)
+
 _EMBEDDING_ITEM_BYTES = 4  # of the table, at most
+_EDITED = (
+    "%s is newer than %s, which is used as it was converted: if the weights were edited, remove what was made of the "
+    "old ones with `%s` and start again"
+)
 
 
 class StoreFiller:
@@ -48,7 +56,7 @@ class StoreFiller:
         measure: FreeBytes = free_bytes,
         neighbours: Neighbours | None = None,
     ) -> None:
-        """`open_source` is called only when a part is missing that no neighbour has."""
+        """`open_source` is called only when a part is missing that no neighbour has, or downloads are discarded."""
         self._neighbours = neighbours or Neighbours.none()
         self._order, self._architecture, self._store = order, architecture, store
         self._open_source, self._on_progress, self._measure = open_source, on_progress, measure
@@ -59,8 +67,13 @@ class StoreFiller:
         With `num_at_once` above 1 some are converted while another is downloaded, in threads.
         """
         missing = [part for part in parts if not self._store.has(part.name)]
-        if not missing:
-            return
+        self._tell_edited_source([part for part in parts if part not in missing])
+        if missing:
+            self._fill_missing(missing, num_at_once)
+        if self._order.store.is_source_discarded:
+            self._discard_source(parts)
+
+    def _fill_missing(self, missing: Sequence[Part], num_at_once: int) -> None:
         sizes = {part.name: self._estimate(part) for part in missing}
         self._require_room(sum(sizes.values()))
         self._store.describe(describe_source(self._order.source, self._order.precision, self._architecture.num_blocks))
@@ -68,6 +81,27 @@ class StoreFiller:
         missing = [part for part in missing if not self._borrow(part.name, meter)]
         if missing:
             self._make_all(missing, meter, num_at_once)
+
+    def _tell_edited_source(self, present: Sequence[Part]) -> None:
+        """Warn where a folder's file is newer than a part: few edited bytes do not make it another checkpoint."""
+        if not isinstance(self._order.source, FolderSource):
+            return
+        for part in present:
+            manifest = self._store.manifest_path(part.name)
+            for file in self._files_of(part):
+                path = Path(self._order.source.path, file.name)
+                if _modified(path) > _modified(manifest):
+                    prune = shlex.join(
+                        ["cluster", "store", "prune", "--store-dir", str(self._store.root), self._store.key]
+                    )
+                    logger.warning(_EDITED, path, manifest, prune)
+                    return
+
+    def _discard_source(self, parts: Sequence[Part]) -> None:
+        """Discard also what earlier runs downloaded for parts that are there."""
+        source = self._open_source()
+        for file in _union(map(self._files_of, parts)):
+            source.discard(file.name)
 
     def _borrow(self, part: str, meter: FillMeter) -> bool:
         """Copy a part from a worker that has it, unless another process of this machine makes it now."""
@@ -86,8 +120,10 @@ class StoreFiller:
     def _make_all(self, missing: Sequence[Part], meter: FillMeter, num_at_once: int) -> None:
         source = self._open_source()
         needs = {part.name: self._files_of(part) for part in missing}
-        self._require_room(sum(map(self._estimate, missing)), source, _union(needs.values()))
-        with _Downloads(source, needs, is_discarding=self._order.store.is_source_discarded) as downloads:
+        is_discarding = self._order.store.is_source_discarded
+        at_once = _held_at_once(list(needs.values()), num_at_once) if is_discarding else [_union(needs.values())]
+        self._require_room(sum(map(self._estimate, missing)), source, max(map(source.missing_bytes, at_once)))
+        with _Downloads(source, needs, is_discarding=is_discarding) as downloads:
             self._run(missing, downloads, meter, num_at_once)
 
     def rebuild(self, part: Part, error: StorageError) -> None:  # noqa: ARG002 - what Filler says
@@ -141,21 +177,14 @@ class StoreFiller:
         count = count_weights(part.module, part.use.unquantized)
         return count.resident_bytes(self._order.precision) + _EMBEDDING_ITEM_BYTES * table
 
-    def _require_room(
-        self, num_bytes: int, source: CheckpointSource | None = None, files: Sequence[CheckpointFile] = ()
-    ) -> None:
-        options, root = self._order.store, self._store.root
-        download = source.missing_bytes(files) if source else 0
-        is_one_disk = source is not None and download > 0 and _device(root) == _device(source.folder)
-        if source and download and not is_one_disk:
-            require_space(source.folder, download, measure=self._measure, reserve_bytes=options.reserve_bytes)
-        require_room(
-            root,
+    def _require_room(self, num_bytes: int, source: CheckpointSource | None = None, download: int = 0) -> None:
+        require_all_room(
+            self._store.root,
             num_bytes,
-            source_bytes=download if is_one_disk else 0,
-            quota_bytes=options.quota_bytes,
-            reserve_bytes=options.reserve_bytes,
-            measure=self._measure,
+            self._order.store,
+            self._measure,
+            download_folder=source.folder if source and download else None,
+            download_bytes=download,
         )
 
 
@@ -195,6 +224,18 @@ def _union(files: Iterable[Sequence[CheckpointFile]]) -> list[CheckpointFile]:
     return sorted({file for some in files for file in some}, key=lambda file: file.name)
 
 
-def _device(folder: Path) -> int:
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return existing.stat().st_dev
+def _held_at_once(needs: Sequence[Sequence[CheckpointFile]], num_at_once: int) -> list[list[CheckpointFile]]:
+    """Return the files that are here while each part is made, where each goes with the last part that needs it."""
+    last = {file: index for index, files in enumerate(needs) for file in files}
+    first = {file: index for index, files in reversed(list(enumerate(needs))) for file in files}
+    return [
+        [file for file in last if first[file] < index + num_at_once and index <= last[file]]
+        for index in range(len(needs))
+    ]
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0  # of a folder that only another machine has

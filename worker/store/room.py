@@ -1,4 +1,4 @@
-"""Is there room in the block store? Asked before anything is converted. Covers the quota and the disk."""
+"""Is there room in the block store? Asked before anything is written to it. Covers the quota and the disks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ConfigurationError
-from worker.free_space import FreeBytes
+from cluster.load_order import StoreOptions
+from worker.free_space import FreeBytes, require_space
 
 _GIB = 1 << 30
+
+
+def require_all_room(
+    root: Path,
+    needed_bytes: int,
+    options: StoreOptions,
+    measure: FreeBytes,
+    *,
+    download_folder: Path | None = None,
+    download_bytes: int = 0,
+) -> None:
+    """As require_room, with the limits of `options`; `download_bytes` go to `download_folder`, on whichever disk."""
+    is_one_disk = download_folder is not None and _device(root) == _device(download_folder)
+    if download_folder is not None and not is_one_disk:
+        require_space(download_folder, download_bytes, measure=measure, reserve_bytes=options.reserve_bytes)
+    require_room(
+        root,
+        needed_bytes,
+        source_bytes=download_bytes if is_one_disk else 0,
+        quota_bytes=options.quota_bytes,
+        reserve_bytes=options.reserve_bytes,
+        measure=measure,
+    )
 
 
 def require_room(
@@ -28,13 +52,12 @@ def require_room(
     """
     if quota_bytes:
         _require_quota(root, needed_bytes, quota_bytes)
-    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
-    available = measure(existing)
+    available = measure(_existing(root))
     if needed_bytes + source_bytes + reserve_bytes > available:
         source = f", and the {_text(source_bytes)} of the checkpoint to be downloaded," if source_bytes else ""
         reserve = f", of which {_text(reserve_bytes)} are to stay free (--disk-reserve)" if reserve_bytes else ""
         raise ConfigurationError(
-            f"the {_text(needed_bytes)} to be converted{source} do not fit the block store in {root}, whose disk has "
+            f"the {_text(needed_bytes)} to be stored{source} do not fit the block store in {root}, whose disk has "
             f"{_text(available)} free{reserve}: make room (`cluster store prune` removes other models), or choose a "
             "folder on a larger disk with --store-dir"
         )
@@ -45,7 +68,7 @@ def _require_quota(root: Path, needed_bytes: int, quota_bytes: int) -> None:
     if taken + needed_bytes > quota_bytes:
         raise ConfigurationError(
             f"the block store in {root} may take {_text(quota_bytes)} and has taken {_text(taken)}: the "
-            f"{_text(needed_bytes)} to be converted do not fit; remove other models with `cluster store prune`, or "
+            f"{_text(needed_bytes)} to be stored do not fit; remove other models with `cluster store prune`, or "
             "raise --store-quota"
         )
 
@@ -62,6 +85,14 @@ def _sizes(folder: Path) -> Iterator[int]:
                 yield os.lstat(path).st_size
         except OSError:
             continue
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def _device(folder: Path) -> int:
+    return _existing(folder).stat().st_dev
 
 
 def _text(num_bytes: int) -> str:

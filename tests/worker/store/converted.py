@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.hub.resolve import resolve
 from cluster.load_order import LoadOrder, LoadProgress, StoreOptions
 from cluster.model_spec import Precision
+from cluster.span import Span
+from tests.checkpoints import make_checkpoint
 from tests.worker.pipeline_driver import make_order
 from worker.architectures import open_architecture
 from worker.architectures.base import Part
+from worker.conversion import Conversion, convert
+from worker.free_space import free_bytes
 from worker.store.copied import store_of
 from worker.store.fill import StoreFiller
 from worker.store.folder import BlockStore
@@ -28,6 +33,23 @@ def stored_order(
     return make_order(folder, stage, num_stages, precision=precision, store=options, **changes)
 
 
+def converted_folder(tmp_path: Path, precision: Precision = Precision.INT8) -> tuple[Path, Path]:
+    """Return a checkpoint and the folder that `cluster convert --output` makes of it."""
+    source = make_checkpoint(tmp_path / "model", "qwen3", num_shards=2)
+    spec = resolve(str(source))
+    asked = Conversion(spec, precision, Span(0, spec.num_blocks), StoreOptions(), tmp_path / "converted")
+    convert(asked, 1, lambda _: None)
+    return source, tmp_path / "converted"
+
+
+def order_of_converted(folder: Path, stage: int, **changes: Any) -> LoadOrder:
+    """Return the order for one of two stages of a folder that is converted already."""
+    spec = resolve(str(folder))
+    assert spec.stored_precision is not None
+    fields = {"source": spec.source, "weight_files": spec.weight_files, "precision": spec.stored_precision}
+    return make_order(folder, stage, 2, **(fields | changes))
+
+
 def parts_of(order: LoadOrder) -> list[Part]:
     architecture = open_architecture(order.config)
     return architecture.parts(order.span, is_first=order.stage == 0, is_last=order.stage == order.num_stages - 1)
@@ -38,7 +60,8 @@ def fill(order: LoadOrder, store: BlockStore | None = None, **changes: Any) -> l
     reports: list[LoadProgress] = []
     source = changes.pop("source", None) or (lambda: CheckpointSource(order))
     arguments = (order, open_architecture(order.config), store or store_of(order), source, reports.append)
-    StoreFiller(*arguments).fill(parts_of(order), **changes)
+    measure = changes.pop("measure", free_bytes)
+    StoreFiller(*arguments, measure).fill(parts_of(order), **changes)
     return reports
 
 

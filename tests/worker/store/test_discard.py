@@ -80,6 +80,30 @@ def test_every_shard_goes_once_it_is_converted_and_the_store_serves_alone(hub: L
     assert hub.requests == []
 
 
+def test_what_an_earlier_run_downloaded_goes_though_no_part_is_missing(hub: LocalHub, tmp_path: Path) -> None:
+    fill(hub_order(hub, tmp_path))
+    assert cached_bytes(tmp_path) > 100_000
+    fill(hub_order(hub, tmp_path, is_source_discarded=True))
+    assert cached_bytes(tmp_path) == 0
+    assert hub.requests == []
+
+
+def test_a_disk_need_not_hold_all_shards_at_once_that_are_discarded(hub: LocalHub, tmp_path: Path) -> None:
+    reports = fill(stored_order(hub.root / REPO, tmp_path / "other"))
+    converted_bytes = next(report.bytes_total for report in reports if report.phase == "converting")
+
+    def fill_disk(free: int, *, is_source_discarded: bool) -> None:
+        order = hub_order(hub, tmp_path, is_source_discarded=is_source_discarded)
+        fill(order, measure=lambda _: converted_bytes + free)
+
+    sizes = [file.size_bytes for file in hub_order(hub, tmp_path).weight_files]
+    with pytest.raises(ConfigurationError, match="do not fit"):
+        fill_disk(sum(sizes) - 1, is_source_discarded=False)
+    with pytest.raises(ConfigurationError, match="do not fit"):
+        fill_disk(max(sizes) - 1, is_source_discarded=True)
+    fill_disk(sum(sizes) - 1, is_source_discarded=True)
+
+
 def test_a_shard_that_another_worker_needs_stays_until_that_one_is_done(hub: LocalHub, tmp_path: Path) -> None:
     first, second = (hub_order(hub, tmp_path, stage, 2, is_source_discarded=True) for stage in range(2))
     other = CheckpointSource(second)

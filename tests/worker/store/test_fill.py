@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -166,12 +167,39 @@ def test_a_full_store_needs_no_source(folder: Path, tmp_path: Path) -> None:
     assert digest(store) == before
 
 
+def test_parts_that_lost_bytes_are_made_again(folder: Path, tmp_path: Path) -> None:
+    order = stored_order(folder, tmp_path / "store")
+    fill(order)
+    store, before = store_of(order), digest(store_of(order))
+    os.truncate(store.path("block-0000"), 100)
+    store.path("block-0001").unlink()
+    os.truncate(store.manifest_path("head"), 0)
+    fill(order)
+    assert digest(store) == before
+
+
 def test_room_for_all_missing_parts_is_asked_first(folder: Path, tmp_path: Path) -> None:
     options = StoreOptions(store_folder=str(tmp_path / "store"), quota_bytes=1000)
     order = stored_order(folder, tmp_path, store=options)
     with pytest.raises(ConfigurationError, match="quota"):
         fill(order)
     assert store_of(order).parts() == []
+
+
+def test_a_shard_that_is_newer_than_what_was_made_of_it_is_named(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    order = stored_order(folder, tmp_path / "store")
+    fill(order)
+    fill(order)
+    assert caplog.messages == []
+    shard = folder / order.weight_files[1].name
+    later = store_of(order).manifest_path(HEAD).stat().st_mtime + 10
+    os.utime(shard, (later, later))
+    fill(order)
+    (message,) = caplog.messages
+    assert f"{shard} is newer than" in message
+    assert f"cluster store prune --store-dir {tmp_path / 'store'} {store_of(order).key}" in message
 
 
 def test_values_beyond_fp16_are_named(tmp_path: Path) -> None:
