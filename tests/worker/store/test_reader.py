@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cluster.errors import ConfigurationError, StorageError
 from cluster.model_spec import Precision
 from tests.worker.store.parts import PART, flip_bit, make_small, make_store, make_weights, write
+from worker.store.manifest import to_json
 from worker.store.part_bytes import PartBytes, tensors_of
 from worker.store.reader import PartFile
 from worker.store.writer import join_pieces
@@ -105,9 +107,7 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     store = make_store(tmp_path)
-    write(store)
-    text = store.manifest_path(PART).read_text().replace('"version":1', '"version":2', 1)
-    store.manifest_path(PART).write_text(text)
+    store.manifest_path(PART).write_bytes(to_json(replace(write(store), version=2)))
     with pytest.raises(ConfigurationError, match=r"block-0000\.json was made by another version"):
         PartFile(store, PART)
 
