@@ -132,6 +132,7 @@ def _as_json(entry: StoreEntry) -> dict[str, object]:
         "key": entry.key,
         "description": asdict(entry.description) if entry.description else None,
         "parts": entry.parts,
+        "damaged": entry.damaged,
         "missing": entry.missing,
         "bytes": entry.num_bytes,
         "leftover_bytes": entry.leftover_bytes,
@@ -168,7 +169,8 @@ def _parts_text(entry: StoreEntry) -> str:
 
     expected = f" of {entry.description.num_blocks + 2}" if entry.description else ""
     leftovers = f", {size(entry.leftover_bytes)} unfinished" if entry.leftover_bytes else ""
-    return f"{len(entry.parts)}{expected}{leftovers}"
+    damaged = f", {len(entry.damaged)} damaged" if entry.damaged else ""
+    return f"{len(entry.parts) - len(entry.damaged)}{expected}{damaged}{leftovers}"
 
 
 def _date(seconds: float) -> str:

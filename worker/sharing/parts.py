@@ -35,6 +35,8 @@ def borrow_part(
     arriving = _Arriving(store.root, store.key)
     wanted = Wanted(parts_collection(order), part_files(part), store.folder, lambda: verify_part(arriving, part))
     with disk_errors(part, store.folder):
+        if not store.has(part):
+            store.remove(part)  # what is damaged would count as copied already
         return neighbours.copy(wanted, on_bytes)
 
 

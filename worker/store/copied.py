@@ -78,7 +78,7 @@ class CopiedStore:
 
     def fill(self, parts: Sequence[Part]) -> None:
         """See Filler."""
-        missing = [part.name for part in parts if not self._store.has(part.name)]
+        missing = [part.name for part in parts if not self._is_there(part.name)]
         if not missing:
             return
         files = {part: self._files_of(part) for part in missing}
@@ -98,6 +98,10 @@ class CopiedStore:
             ) from error
         remove_damaged(self._store, part.name)
         self.fill([part])
+
+    def _is_there(self, part: str) -> bool:
+        """Tell whether a part need not be brought. Where it cannot be, opening it tells what is wrong with it."""
+        return self._store.manifest_path(part).exists() if self._is_in_place else self._store.has(part)
 
     def _files_of(self, part: str) -> list[CheckpointFile]:
         wanted = part_files(part)

@@ -60,11 +60,14 @@ class BlockStore:
         return self.folder / (part + MANIFEST)
 
     def has(self, part: str) -> bool:
-        """Tell whether a part was written completely. Its bytes are checked when they are read."""
-        return self.manifest_path(part).exists()
+        """Tell whether a part is there in its full size. Its bytes are checked when they are read."""
+        try:
+            return self.path(part).stat().st_size == self.manifest(part).file_bytes
+        except (OSError, StorageError, ConfigurationError):
+            return False
 
     def parts(self) -> list[str]:
-        """Return the parts that were written, in the order of a pass."""
+        """Return the parts that were written, whole or damaged since, in the order of a pass."""
         return order_parts({path.stem for path in self.folder.glob("*" + MANIFEST) if is_part(path.stem)})
 
     def manifest(self, part: str) -> PartManifest:
@@ -86,7 +89,7 @@ class BlockStore:
 
     def leftovers(self, part: str) -> list[Path]:
         """Return the files of an unfinished writing of `part`. They are dead if the caller holds the part's lock."""
-        orphans = [] if self.has(part) else [self.path(part)]
+        orphans = [] if self.manifest_path(part).exists() else [self.path(part)]
         return [path for path in (*self.folder.glob(f"{part}.*{PARTIAL}"), *orphans) if path.exists()]
 
     def remove_leftovers(self, part: str) -> None:

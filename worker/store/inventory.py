@@ -29,7 +29,8 @@ class StoreEntry:
 
     store: BlockStore
     description: StoreDescription | None  # None: the folder does not say
-    parts: tuple[str, ...]  # that are there
+    parts: tuple[str, ...]  # that were written
+    damaged: tuple[str, ...]  # of these, what is no longer there or not in its full size
     num_bytes: int  # on the disk, leftovers included
     leftover_bytes: int  # of conversions that were killed, or are under way
     last_used: float  # seconds since 1970
@@ -42,12 +43,12 @@ class StoreEntry:
     def missing(self) -> tuple[str, ...]:
         """The parts that another use of the whole model would convert."""
         expected = all_parts(self.description.num_blocks) if self.description else []
-        return tuple(part for part in expected if part not in self.parts)
+        return tuple(part for part in expected if part not in self.parts or part in self.damaged)
 
     @property
     def is_other_version(self) -> bool:
         """Whether another version of Spanwise wrote it, so that this one cannot use it."""
-        return self.description is not None and self.description.version != FORMAT_VERSION
+        return _is_other_version(self.description)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +124,21 @@ def _entry(store: BlockStore) -> StoreEntry | None:
 
 def _describe(store: BlockStore) -> StoreEntry:
     leftovers = [path for part in _stems(store) for path in store.leftovers(part)]
+    description, parts = store.description(), tuple(store.parts())
+    damaged = () if _is_other_version(description) else tuple(part for part in parts if not store.has(part))
     return StoreEntry(
         store,
-        store.description(),
-        tuple(store.parts()),
+        description,
+        parts,
+        damaged,
         used_bytes(store.folder),
         sum(path.stat().st_size for path in leftovers if path.exists()),
         _last_used(store.folder),
     )
+
+
+def _is_other_version(description: StoreDescription | None) -> bool:
+    return description is not None and description.version != FORMAT_VERSION
 
 
 def _is_ours(store: BlockStore) -> bool:

@@ -30,6 +30,14 @@ def test_list_shows_model_parts_and_bytes(run: Run, store: BlockStore) -> None:
         assert word in result.output
 
 
+def test_list_tells_damaged_parts_from_whole_ones(run: Run, store: BlockStore) -> None:
+    write(store, "head")
+    store.path("head").unlink()
+    assert "1 of 4, 1 damaged" in run("store", "list").output
+    (entry,) = json.loads(run("store", "list", "--json").output)
+    assert entry["damaged"] == ["head"]
+
+
 def test_list_of_an_empty_store_says_where(run: Run, tmp_path: Path) -> None:
     result = run("store", "list", "--store-dir", tmp_path / "none")
     assert result.exit_code == 0

@@ -215,3 +215,15 @@ def test_a_store_that_may_only_be_read_needs_no_lock(tmp_path: Path, monkeypatch
     monkeypatch.setattr(store, "try_lock", refuse)
     store.describe(describe_source(SOURCE, Precision.INT8, num_blocks=2))
     verify_part(store, PART)
+
+
+@pytest.mark.parametrize("file", ["block-0000.weights", "block-0000.json"])
+@pytest.mark.parametrize("size", [None, 0, 100])
+def test_a_part_that_lost_bytes_is_not_there(file: str, size: int | None, tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store)
+    if size is None:
+        (store.folder / file).unlink()
+    else:
+        os.truncate(store.folder / file, size)
+    assert not store.has(PART)

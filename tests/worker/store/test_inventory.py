@@ -36,6 +36,18 @@ def test_an_entry_tells_what_is_there_and_what_is_missing(tmp_path: Path) -> Non
     assert not entry.is_other_version
 
 
+def test_a_damaged_part_is_told_as_such_and_as_missing(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    for part in (PART, "block-0001", "head"):
+        write(store, part)
+    store.path(PART).unlink()
+    os.truncate(store.manifest_path("head"), 0)
+    (entry,) = list_entries(tmp_path)
+    assert entry.parts == (PART, "block-0001", "head")
+    assert entry.damaged == (PART, "head")
+    assert entry.missing == ("embedding", PART, "head")
+
+
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.json", "model.json", "yarn.lock", "model.safetensors", "cat.part"):
         (tmp_path / "checkpoint").mkdir(exist_ok=True)
@@ -101,8 +113,10 @@ def test_pruning_leftovers_keeps_whole_parts(tmp_path: Path) -> None:
 
 def test_another_version_is_known_and_can_be_pruned(tmp_path: Path) -> None:
     BlockStore(tmp_path, "old").describe(StoreDescription("owner/model", "r", "int8", 2, version=0))
+    (tmp_path / "old" / "head.json").write_text("what only that version can read")
     (entry,) = list_entries(tmp_path)
     assert entry.is_other_version
+    assert entry.damaged == ()
     prune(entry)
     assert list(tmp_path.iterdir()) == []
 
