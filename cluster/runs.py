@@ -17,7 +17,7 @@ from typing import Literal
 
 from cluster.errors import ConfigurationError
 
-RunState = Literal["starting", "ready", "stopped", "failed"]
+RunState = Literal["starting", "ready", "draining", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)

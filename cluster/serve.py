@@ -10,13 +10,11 @@ import os
 import re
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -35,6 +33,7 @@ from cluster.errors import (
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import ModelSpec
 from cluster.placement import NodeFacts, WorkerId
+from cluster.ray_address import check_ray_answers, cluster_of_this_machine, why_no_ray
 from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.wire.tls import CertificateAuthority
@@ -94,7 +93,7 @@ def run(
         stack.enter_context(_signals_set(stop))  # again: ray.init has put its own handler in place
         on_note(f"starting {config.workers} worker process{'es' if config.workers > 1 else ''} and the coordinator")
         try:
-            deployment = stack.enter_context(_deployment(config, spec, stop))
+            deployment = stack.enter_context(_deployment(config, spec, on_status, stop))
         except RequestCancelledError:
             return INTERRUPTED
         return _supervise(deployment, on_status, stop)
@@ -158,10 +157,10 @@ def check_workers(num_workers: int, spec: ModelSpec) -> None:
 @contextmanager
 def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterator[None]:
     """Join the Ray cluster at --address, RAY_ADDRESS or on this machine; start a local one when there is none."""
-    address = config.address or os.environ.get("RAY_ADDRESS", "") or _cluster_of_this_machine()
+    address = config.address or os.environ.get("RAY_ADDRESS", "") or cluster_of_this_machine()
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "error"}
     if address and address != "local":
-        _check_ray_answers(address)
+        check_ray_answers(address)
         options["address"] = address
         on_note(f"joining the Ray cluster at {address}")
     else:
@@ -172,52 +171,11 @@ def _ray_session(config: ServeConfig, on_note: Callable[[str], None]) -> Iterato
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ConfigurationError(_why_no_ray(options["address"], error)) from error
+        raise ConfigurationError(why_no_ray(options["address"], error)) from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _why_no_ray(address: str, error: Exception) -> str:
-    if address == "local":
-        return f"Ray did not start: {error}"
-    return (
-        f"the Ray cluster at {address} did not let us join: {error}; if it asks for a token, set RAY_AUTH_MODE=token "
-        "and RAY_AUTH_TOKEN to what `ray get-auth-token` prints on its head"
-    )
-
-
-def _cluster_of_this_machine() -> str:
-    """Return the address that `ray start` or `ray up` left on this machine, if something still listens there."""
-    record = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    try:
-        address = record.read_text().strip()
-    except OSError:
-        return ""
-    return address if _answers(address) else ""
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=3.0):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def _check_ray_answers(address: str) -> None:
-    if address.startswith("ray://"):
-        raise ConfigurationError(
-            f"{address} is a Ray Client address; run `cluster serve` on a node of the cluster (for example through "
-            "`ray attach`) with --address auto"
-        )
-    if address != "auto" and not _answers(address):
-        raise ConfigurationError(
-            f"no Ray cluster answers at {address}; start one there with `ray start --head` or `ray up`, correct "
-            "--address or RAY_ADDRESS, or leave both out to start a local one"
-        )
 
 
 def _reserve(config: ServeConfig, stop: threading.Event) -> PlacementGroup:
@@ -330,13 +288,18 @@ class _Deployment:
 
 
 @contextmanager
-def _deployment(config: ServeConfig, spec: ModelSpec, stop: threading.Event) -> Iterator[_Deployment]:
-    """Start workers and coordinator; stop them again, whatever happened in between."""
+def _deployment(
+    config: ServeConfig, spec: ModelSpec, on_status: StatusListener, stop: threading.Event
+) -> Iterator[_Deployment]:
+    """Start workers and coordinator; stop them again, whatever happened in between. That takes seconds: whoever has
+    set `stop` is told first that it was heard."""
     actors = _start_workers(config, _reserve(config, stop))
     coordinator = _start_coordinator()
     try:
         yield _Assembly(config, coordinator, actors, stop).connect(spec)
     finally:
+        if stop.is_set():
+            on_status(_SHUTTING_DOWN)
         _shut_down(coordinator, actors)
 
 
@@ -454,6 +417,7 @@ def _supervise(deployment: _Deployment, on_status: StatusListener, stop: threadi
     return 0 if has_served else INTERRUPTED
 
 
+_SHUTTING_DOWN = service.DescribeClusterResponse(state=service.CLUSTER_STATE_DRAINING, message="shutting down")
 _COORDINATOR_DIED = service.DescribeClusterResponse(
     state=service.CLUSTER_STATE_FAILED, message="the coordinator's process died"
 )

@@ -83,7 +83,10 @@ class ClusterDisplay:
         if cluster.state == self._last_state:
             return
         self._stop_live()
-        self._console.print(cluster_view(cluster))
+        if cluster.state == "draining":
+            self.note(cluster.message)
+        else:
+            self._console.print(cluster_view(cluster))
 
     def _follow(self, cluster: ClusterStatus) -> None:
         if self._live is None:

@@ -122,9 +122,16 @@ class RecordKeeper:
         workers = tuple(stage.worker_id for stage in cluster.stages)
         if state == "failed":
             self._change("failed", cluster.message, workers)
+        elif state == "draining":
+            self._drain()
         else:
             self._change("ready" if state == "ready" or was_ready else "starting", workers=workers)
         return state == "ready" and not was_ready
+
+    def _drain(self) -> None:
+        """Note that the server no longer answers; why it failed is kept."""
+        if self._record.state != "failed":
+            self._change("draining")
 
     def _change(self, state: RunState, message: str = "", workers: tuple[str, ...] | None = None) -> None:
         worker_ids = self._record.worker_ids if workers is None else workers

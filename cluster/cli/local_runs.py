@@ -7,7 +7,7 @@ import os
 
 from cluster.config import DEFAULT_PORT
 from cluster.errors import NotFoundError, StageUnavailableError
-from cluster.runs import RunRecord, RunStore, state_directory
+from cluster.runs import RunRecord, RunState, RunStore, state_directory
 
 
 def run_store() -> RunStore:
@@ -35,6 +35,15 @@ def find_run(port: int | None) -> RunRecord:
     return record
 
 
+_SILENCES: dict[RunState, str] = {
+    "starting": "is starting and does not answer yet",
+    "ready": "was ready and does not answer now",
+    "draining": "is shutting down",
+    "stopped": "is shutting down",
+}
+"""What it means that the server of a living process does not answer."""
+
+
 def explain_absence(server: str, error: StageUnavailableError) -> StageUnavailableError:
     """Return why no server answers: what the run record of that port tells, if it is on this machine."""
     host, _, port = server.rpartition(":")
@@ -46,7 +55,7 @@ def explain_absence(server: str, error: StageUnavailableError) -> StageUnavailab
     if record.state == "failed":
         return StageUnavailableError(f"the server of {record.model} at {server} failed: {record.message}; {logs}")
     if record.is_alive:
-        return StageUnavailableError(f"{record.model} at {server} is {record.state} and does not answer yet; {logs}")
+        return StageUnavailableError(f"{record.model} at {server} {_SILENCES[record.state]}; {logs}")
     if record.state == "stopped":
         return StageUnavailableError(f"the server of {record.model} at {server} was stopped")
     return StageUnavailableError(f"the server of {record.model} at {server} died without a word; {logs}")

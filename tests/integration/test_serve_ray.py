@@ -85,8 +85,9 @@ def test_stop_leaves_no_process(server: Server) -> None:
     after = server.call("status", "--server", server.address)
     assert after.returncode == 1
     assert f"the server of bloom-tiny at {server.address} was stopped" in after.stderr
-    log = Path(server.environment["XDG_STATE_HOME"], "spanwise", "logs", server.port, "coordinator.log").read_text()
-    assert "ERROR" not in log
+    logs = Path(server.environment["XDG_STATE_HOME"], "spanwise", "logs", server.port)
+    assert "ERROR" not in (logs / "coordinator.log").read_text()
+    assert (logs / "console.log").read_text().endswith("shutting down\n")
 
 
 def test_lost_worker_ends_streams_and_the_command_and_is_told(state_home: Path) -> None:

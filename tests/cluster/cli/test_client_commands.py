@@ -69,6 +69,8 @@ def test_status_without_server_says_what_to_do(run, closed_address):
     [
         ({"state": "failed", "message": "stage 1 died"}, "failed: stage 1 died"),
         ({"state": "starting"}, "is starting and does not answer yet"),
+        ({"state": "ready"}, "was ready and does not answer now"),
+        ({"state": "draining"}, "is shutting down"),
         ({"state": "stopped", "process_started": "1"}, "was stopped"),
         ({"state": "ready", "process_started": "1"}, "died without a word"),
     ],

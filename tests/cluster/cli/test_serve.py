@@ -74,6 +74,36 @@ def test_lost_stage_is_left_in_the_record(config, capsys):
     assert "stage 1 is lost" in capsys.readouterr().out
 
 
+def draining():
+    return service.DescribeClusterResponse(state=service.CLUSTER_STATE_DRAINING, message="shutting down")
+
+
+def test_shutting_down_is_told_and_recorded_and_the_logs_are_still_found(config, capsys):
+    records = []
+
+    def run(_, *, on_status, **__):
+        for status in (ready_status(), draining()):
+            on_status(status)
+            records.append(run_store().read(config.port))
+        return 0
+
+    assert serve_here(config, run) == 0
+    assert [record.state for record in records] == ["ready", "draining"]
+    assert records[1].worker_ids == ("w0", "w1")
+    assert capsys.readouterr().out.endswith("shutting down\n")
+
+
+def test_why_it_failed_is_kept_while_shutting_down(config):
+    def run(_, *, on_status, **__):
+        for status in (failed(), draining()):
+            on_status(status)
+        return 1
+
+    assert serve_here(config, run) == 1
+    record = run_store().read(config.port)
+    assert (record.state, record.message) == ("failed", "stage 1 is lost")
+
+
 @pytest.mark.parametrize(
     ("error", "state", "message"),
     [
