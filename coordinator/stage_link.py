@@ -139,7 +139,7 @@ async def _translated(where: str, advice: str = "") -> AsyncIterator[None]:
             ) from None
         is_unheard = isinstance(translated, StageUnavailableError | StageTimeoutError) and not is_worded(error)
         if is_unheard:
-            message = f"{where} does not answer {socket.gethostname()}: {translated}{advice}"
+            message = f"{where} does not answer calls from {socket.gethostname()}: {translated}{advice}"
             raise type(translated)(message, reason=translated.reason) from None
         if isinstance(translated, ConfigurationError | StorageError):  # of its machine: say which
             raise type(translated)(f"{where}: {translated}", reason=translated.reason) from None

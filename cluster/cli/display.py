@@ -159,7 +159,7 @@ def streaming_table(cluster: ClusterStatus) -> Table:
     for stage in cluster.stages:
         table.add_row(
             *(str(stage.stage), f"{size(stage.resident_bytes)}, {stage.resident_share:.0%}"),
-            *(size(stage.streamed_bytes), size(stage.read_bytes), f"{size(stage.read_bytes_per_second)}/s"),
+            *(_read_per_step(stage), size(stage.read_bytes), f"{size(stage.read_bytes_per_second)}/s"),
             f"{size(stage.disk_bytes_per_second)}/s" if stage.disk_bytes_per_second else "too small",
             duration(stage.stall_seconds),
         )
@@ -186,7 +186,7 @@ def cluster_table(cluster: ClusterStatus) -> Table:
             *(str(stage.stage), stage.node_name, stage.device, _blocks(stage), stage.numerics.precision),
             *(size(stage.weight_bytes), size(stage.kv_bytes), _budget(stage)),
             f"{stage.busy_share:.0%}",
-            f"{stage.state} {stage.message}".rstrip(),
+            stage.state if stage.message in cluster.message else f"{stage.state} {stage.message}",
             style=_COLOURS.get(stage.state) if stage.state == "lost" else None,
         )
     return table
@@ -213,7 +213,7 @@ def _plan(cluster: ClusterStatus) -> str:
     """Say what the stages' memory gives."""
     tokens = cluster.num_pages * cluster.page_size
     text = f"keys and values of {tokens} tokens at most, steps of up to {cluster.max_step_tokens}"
-    if any(stage.streamed_bytes for stage in cluster.stages):
+    if any(_is_shifting(stage) for stage in cluster.stages):
         text += "; keys and values take memory from weights as they grow"
     return f"{text}; {cluster.advice}" if cluster.advice else text
 
@@ -249,8 +249,17 @@ def _budget(stage: StageStatus) -> str:
 
 def _kv_cache(stage: StageStatus) -> str:
     """Where weights make room for keys and values, the two together fit and not the most of each."""
-    is_shared = stage.num_streamed and stage.device == "cpu"
-    return f"up to {size(stage.kv_bytes)}" if is_shared else size(stage.kv_bytes)
+    return f"up to {size(stage.kv_bytes)}" if _is_shifting(stage) else size(stage.kv_bytes)
+
+
+def _is_shifting(stage: StageStatus) -> bool:
+    """Tell whether weights make room for keys and values."""
+    return stage.num_streamed > 0 and stage.device == "cpu"
+
+
+def _read_per_step(stage: StageStatus) -> str:
+    """What experts that are cached or not chosen take is not read."""
+    return f"at most {size(stage.streamed_bytes)}" if stage.expert_cache_bytes else size(stage.streamed_bytes)
 
 
 def _blocks(stage: StageStatus) -> str:

@@ -71,15 +71,17 @@ def test_table_of_a_small_cluster_fits_80_columns():
     assert "4.0 GiB" in text
 
 
-def test_failure_is_told_with_its_stage():
+def test_failure_is_told_once_with_its_stage():
     status = ready_status()
     status.state = service.CLUSTER_STATE_FAILED
-    status.message = "stage 1 is lost"
+    status.message = status.stages[1].message = "stage 1 of node-b"
     status.stages[1].state = service.STAGE_STATE_LOST
     console = console_of(is_terminal=False)
     with ClusterDisplay(console) as display:
         display.show(status)
-    assert "stage 1 is lost" in console.file.getvalue()
+    assert console.file.getvalue().count("stage 1 of node-b") == 1
+    status.message = "another failure"
+    assert "lost stage 1 of node-b" in printed(cluster_table(read_cluster(status)))
 
 
 def test_sizes_and_times_are_for_people():
@@ -122,6 +124,17 @@ def test_memory_is_shown_as_planned_once_and_before_anything_is_loaded():
         display.show(downloading(0))
         display.show(downloading(10))
     assert console.file.getvalue().count("memory for fake") == 1
+
+
+def test_experts_on_disk_are_shown_as_the_most_that_a_step_may_read():
+    status = ready_status(num_stages=1)
+    stage = status.stages[0]
+    stage.streamed_bytes, stage.expert_cache_bytes = 300 * 2**20, 80 * 2**20
+    cluster = read_cluster(status)
+    assert "at most 300.0 MiB" in printed(cluster_view(cluster))
+    assert "experts of 300.0 MiB, 80.0 MiB cached" in printed(memory_table(cluster))
+    assert "take memory from weights" not in printed(memory_table(cluster))
+    assert "take memory from weights" in printed(memory_table(streaming()))
 
 
 def test_the_parts_of_the_memory_table_fit_into_the_budget_that_was_given():
