@@ -52,9 +52,9 @@ def build_server(order: WorkerOrder, credentials: Credentials | None) -> StageSe
 
 
 def _info(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerInfo:
+    taken = machine.process_bytes()
+    host = free = _host_budget(order, taken)
     _, total = machine.host_memory()
-    host, taken = _host_budget(order, total)
-    free = host
     if device.type == "cuda":
         free, total = _gpu_budget(order, device)
     return WorkerInfo(
@@ -74,14 +74,13 @@ def _info(order: WorkerOrder, device: torch.device, num_threads: int) -> WorkerI
     )
 
 
-def _host_budget(order: WorkerOrder, total: int) -> tuple[int, int]:
-    """Return the bytes of the machine's memory that are left for the worker, and what of its share the process takes
-    already. What is free now has lost that before."""
+def _host_budget(order: WorkerOrder, taken_bytes: int) -> int:
+    """Return the bytes of the machine's memory that are left for the worker, whose process takes some already: what is
+    free now has lost them before."""
     if not order.memory_bytes:
-        return machine.usable_memory() // order.num_neighbours, 0
-    machine.check_memory(order.memory_bytes, order.num_neighbours, total, machine.monitor_threshold(os.environ))
-    taken = machine.process_bytes()
-    return max(0, order.memory_bytes - taken), taken
+        return machine.usable_memory() // order.num_neighbours
+    machine.check_memory(order.memory_bytes, order.num_neighbours, taken_bytes)
+    return order.memory_bytes - taken_bytes
 
 
 def _gpu_budget(order: WorkerOrder, device: torch.device) -> tuple[int, int]:

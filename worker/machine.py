@@ -6,6 +6,7 @@ Covers reading facts; what to do with them is `coordinator.placement`'s. The num
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import socket
@@ -46,8 +47,11 @@ def usable_memory() -> int:
     """Return the bytes that all workers of this machine may plan with: free ones, with a margin, below the share of
     memory in use at which Ray's monitor ends workers."""
     free, total = host_memory()
-    below_monitor = free - (1 - monitor_threshold(os.environ) + MONITOR_MARGIN) * total
-    return max(0, int(min(MEMORY_SHARE * free, below_monitor)))
+    return max(0, int(min(MEMORY_SHARE * free, _free_below_monitor(free, total))))
+
+
+def _free_below_monitor(free: int, total: int) -> int:
+    return int(free - (1 - monitor_threshold(os.environ) + MONITOR_MARGIN) * total)
 
 
 def monitor_threshold(environment: Mapping[str, str]) -> float:
@@ -58,16 +62,27 @@ def monitor_threshold(environment: Mapping[str, str]) -> float:
         return MONITOR_THRESHOLD
 
 
-def check_memory(asked_bytes: int, num_workers: int, total: int, threshold: float) -> None:
-    """Raise ConfigurationError when the workers of this machine are given more than it can ever let them have."""
-    limit = int(threshold * total)
-    if asked_bytes * num_workers > limit:
+def check_memory(asked_bytes: int, num_workers: int, taken_bytes: int) -> None:
+    """Raise ConfigurationError when the workers of this machine are given more than it can let them have now, or less
+    than the process of one of them takes already, which is `taken_bytes`."""
+    free, total = host_memory()
+    given = f"--memory gives {_size(asked_bytes)} to each of {num_workers} worker(s) of {socket.gethostname()}"
+    if asked_bytes <= taken_bytes:
         raise ConfigurationError(
-            f"--memory gives {asked_bytes / 2**30:.2f} GiB to each of {num_workers} worker(s) of "
-            f"{socket.gethostname()}. That machine, or the control group there, has {total / 2**30:.2f} GiB, and Ray's "
-            f"memory monitor ends workers when {threshold:.0%} of it is used: give each at most "
-            f"{limit / num_workers / 2**30:.2f} GiB"
+            f"{given}, whose process takes {_size(taken_bytes)} before it loads anything: give more than that"
         )
+    limit = taken_bytes + max(0, _free_below_monitor(free, total)) // num_workers
+    if asked_bytes > limit:
+        threshold = monitor_threshold(os.environ)
+        raise ConfigurationError(
+            f"{given}. That machine, or the control group there, has {_size(free)} free of "
+            f"{_size(total)}, and Ray's memory monitor ends workers when {threshold:.0%} of it is used: give each "
+            f"at most {math.floor(limit / 2**30 * 10) / 10} GiB"  # what is free differs from one moment to the next
+        )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def process_bytes() -> int:
