@@ -14,17 +14,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cluster.errors import ConfigurationError, StorageError
-from cluster.hub.resolve import resolve
 from cluster.load_order import StoreOptions
 from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
-from cluster.span import Span
 from tests.checkpoints import make_checkpoint
-from tests.worker.pipeline_driver import PipelineDriver, load_span, make_order, recorded_logits
+from tests.worker.pipeline_driver import PipelineDriver, load_span, recorded_logits
 from tests.worker.references import Greedy, generate, load_reference
-from tests.worker.store.converted import fill, stored_order
+from tests.worker.store.converted import converted_folder, fill, order_of_converted, stored_order
 from tests.worker.store.parts import flip_bit
 from tests.worker.test_span_download import FolderReader
-from worker.conversion import Conversion, convert
 from worker.loading import TorchSpanLoader
 from worker.quantization import nf4
 from worker.quantization.encode import encode
@@ -112,22 +109,6 @@ def test_any_number_of_stages_equals_transformers_with_decoded_weights(
         token_ids = load_stored(folder, root, num_stages, precision).generate(PROMPT, NUM_TOKENS)
     assert token_ids == expected.token_ids
     torch.testing.assert_close(torch.cat(recorded), expected.logits, atol=TOLERANCES[precision], rtol=0)
-
-
-def converted_folder(tmp_path: Path, precision: Precision = Precision.INT8) -> tuple[Path, Path]:
-    """Return a checkpoint and the folder that `cluster convert --output` makes of it."""
-    source = make_checkpoint(tmp_path / "model", "qwen3", num_shards=2)
-    spec = resolve(str(source))
-    asked = Conversion(spec, precision, Span(0, spec.num_blocks), StoreOptions(), tmp_path / "converted")
-    convert(asked, 1, lambda _: None)
-    return source, tmp_path / "converted"
-
-
-def order_of_converted(folder: Path, stage: int, **changes: Any) -> Any:
-    spec = resolve(str(folder))
-    assert spec.stored_precision is not None
-    fields = {"source": spec.source, "weight_files": spec.weight_files, "precision": spec.stored_precision}
-    return make_order(folder, stage, 2, **(fields | changes))
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.BF16])

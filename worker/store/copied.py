@@ -5,8 +5,8 @@ Covers folders that `cluster convert --output` made. Nothing in a user's folder 
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -15,12 +15,14 @@ from cluster.hub.layout import is_part_file, part_files
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource
 from worker.architectures.base import Part
+from worker.free_space import FreeBytes, free_bytes
 from worker.sharing.holders import Neighbours
 from worker.sharing.parts import borrow_part
-from worker.store.disk import PARTIAL
 from worker.store.folder import BlockStore, describe_source, open_store
 from worker.store.key import default_store_folder, store_key
+from worker.store.room import require_all_room
 from worker.store.verify import verify_part
+from worker.store.writer import copy_part
 from worker.weights import CheckpointSource, is_here
 
 
@@ -71,9 +73,10 @@ class CopiedStore:
         open_source: Callable[[], CheckpointSource],
         on_progress: Callable[[LoadProgress], None],
         neighbours: Neighbours,
+        measure: FreeBytes = free_bytes,
     ) -> None:
         self._order, self._num_blocks, self._store, self._neighbours = order, num_blocks, store, neighbours
-        self._open_source, self._on_progress = open_source, on_progress
+        self._open_source, self._on_progress, self._measure = open_source, on_progress, measure
         self._is_in_place = _is_used_in_place(order)
 
     def fill(self, parts: Sequence[Part]) -> None:
@@ -82,12 +85,11 @@ class CopiedStore:
         if not missing:
             return
         files = {part: self._files_of(part) for part in missing}
+        self._require_room(files)
         self._store.describe(describe_source(self._order.source, self._order.precision, self._num_blocks))
-        source = self._open_source()
-        for part in missing:
-            with self._store.lock(part):
-                if not self._store.has(part) and not self._borrow(part, files[part]):
-                    self._bring(source, files[part])
+        files = {part: found for part, found in files.items() if not self._borrow(part, found)}
+        if files:
+            self._bring_all(files)
 
     def rebuild(self, part: Part, error: StorageError) -> None:
         """See Filler."""
@@ -98,6 +100,7 @@ class CopiedStore:
             ) from error
         remove_damaged(self._store, part.name)
         self.fill([part])
+        self._refuse_damaged_download(part.name)
 
     def _is_there(self, part: str) -> bool:
         """Tell whether a part need not be brought. Where it cannot be, opening it tells what is wrong with it."""
@@ -116,25 +119,71 @@ class CopiedStore:
 
     def _borrow(self, part: str, files: Sequence[CheckpointFile]) -> bool:
         """Copy a part from another worker's store, which has the same files."""
-        done, total = 0, sum(file.size_bytes for file in files)
+        count = self._meter(files)
+        with self._store.lock(part):
+            return self._store.has(part) or borrow_part(self._neighbours, self._order, self._store, part, count)
+
+    def _bring_all(self, files: Mapping[str, Sequence[CheckpointFile]]) -> None:
+        source = self._open_source()
+        self._require_room(files, source)
+        for part, found in files.items():
+            with self._store.lock(part):
+                if not self._store.has(part):
+                    self._bring(part, found, source)
+
+    def _bring(self, part: str, files: Sequence[CheckpointFile], source: CheckpointSource) -> None:
+        with closing(source.hold([file.name for file in files])):
+            weights, manifest = self._downloaded(files, source)
+            copy_part(self._store, part, (weights, manifest), _num_bytes(files), self._meter(files))
+        if self._order.store.is_source_discarded:
+            for file in files:
+                source.discard(file.name)
+
+    def _downloaded(self, files: Sequence[CheckpointFile], source: CheckpointSource) -> list[Path]:
+        paths = source.bring_files(files, self._on_progress)
+        return [paths[file.name] for file in files]
+
+    def _meter(self, files: Sequence[CheckpointFile]) -> Callable[[int], None]:
+        done = 0
 
         def count(num_bytes: int) -> None:
             nonlocal done
             done += num_bytes
-            self._on_progress(LoadProgress("downloading", done, total))
+            self._on_progress(LoadProgress("downloading", done, _num_bytes(files)))
 
-        return borrow_part(self._neighbours, self._order, self._store, part, count)
+        return count
 
-    def _bring(self, source: CheckpointSource, files: Sequence[CheckpointFile]) -> None:
-        """Bring a part's files, the manifest last: it says that the part is there."""
-        paths = source.bring_files(files, self._on_progress)
-        for file in files:
-            target = self._store.folder / file.name
-            partial = target.with_name(target.name + PARTIAL)
-            shutil.copyfile(paths[file.name], partial)
-            partial.replace(target)
-        for file in files:
-            source.discard(file.name)
+    def _require_room(
+        self, files: Mapping[str, Sequence[CheckpointFile]], source: CheckpointSource | None = None
+    ) -> None:
+        """Count what `source` must download besides; of what is discarded, one part is there at a time."""
+        missing = [source.missing_bytes(found) for found in files.values()] if source else [0]
+        download = max(missing) if self._order.store.is_source_discarded else sum(missing)
+        require_all_room(
+            self._store.root,
+            sum(map(_num_bytes, files.values())),
+            self._order.store,
+            self._measure,
+            download_folder=source.folder if source and download else None,
+            download_bytes=download,
+        )
+
+    def _refuse_damaged_download(self, part: str) -> None:
+        """Raise StorageError for a part that is damaged where it was copied from as well."""
+        try:
+            verify_part(self._store, part)
+        except StorageError as error:
+            if self._order.store.is_source_discarded:
+                raise
+            weights, manifest = self._downloaded(self._files_of(part), self._open_source())
+            raise StorageError(
+                f"{part} is damaged, and so is the download that it was copied from: delete {weights} and {manifest}, "
+                "and load the model again"
+            ) from error
+
+
+def _num_bytes(files: Sequence[CheckpointFile]) -> int:
+    return sum(file.size_bytes for file in files)
 
 
 def remove_damaged(store: BlockStore, part: str) -> None:

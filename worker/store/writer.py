@@ -2,22 +2,25 @@
 not there, or is the older one.
 
 Covers one part whose lock the caller holds; which weights it has is the converter's business. Memory peaks at one
-weight. A full disk, or any other failure of it, leaves nothing behind.
+weight, or at a few MiB of a part that is copied. A full disk, or any other failure of it, leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cluster.errors import InvariantError
+from cluster.errors import ConfigurationError, InvariantError
 from worker.store.disk import disk_errors, partial, write_all, write_partial
 from worker.store.folder import BlockStore
 from worker.store.manifest import PartManifest, PiecePlace, TensorPlace, WeightPlace, to_json
+from worker.store.part_bytes import READ_BYTES
 from worker.store.tensors import bytes_of, checksum, spec_of
 from worker.stored_weight import MemoryWeight
 
@@ -36,15 +39,55 @@ def write_part(
     `weights` come in the plan's order, each in one piece or several; a generator need not hold two at once. `on_bytes`
     is told how many bytes each write added. Raises ConfigurationError when the disk is full or fails.
     """
+    with _whole_or_nothing(store, plan.part, plan.file_bytes):
+        manifest = _write_bytes(store, plan, small, weights, on_bytes)
+        write_partial(store.disk, store.manifest_path(plan.part), to_json(manifest))
+    return manifest
+
+
+def copy_part(
+    store: BlockStore, part: str, files: tuple[Path, Path], num_bytes: int, on_bytes: Callable[[int], None]
+) -> None:
+    """Write a part that exists elsewhere: its weights and its manifest, `num_bytes` together.
+
+    `on_bytes` and errors are as of `write_part`; what is copied is not compared with its checksums.
+    """
+    with _whole_or_nothing(store, part, num_bytes):
+        for source, target in zip(files, (store.path(part), store.manifest_path(part)), strict=True):
+            _copy_file(store, source, partial(target), on_bytes)
+
+
+@contextmanager
+def _whole_or_nothing(store: BlockStore, part: str, num_bytes: int) -> Iterator[None]:
+    """Make what is written within the block under partial names the part; remove it when that fails."""
     try:
-        with disk_errors(f"{plan.part} ({plan.file_bytes:,} bytes)", store.folder):
-            manifest = _write_bytes(store, plan, small, weights, on_bytes)
-            write_partial(store.disk, store.manifest_path(plan.part), to_json(manifest))
-            for path in (store.path(plan.part), store.manifest_path(plan.part)):
+        with disk_errors(f"{part} ({num_bytes:,} bytes)", store.folder):
+            yield
+            for path in (store.path(part), store.manifest_path(part)):
                 store.disk.replace(partial(path), path)
     finally:
-        store.remove_leftovers(plan.part)
-    return manifest
+        store.remove_leftovers(part)
+
+
+def _copy_file(store: BlockStore, source: Path, target: Path, on_bytes: Callable[[int], None]) -> None:
+    file = store.disk.create(target)
+    try:
+        writer, offset = _Writer(store, file, on_bytes), 0
+        for data in _read(source):
+            writer.put(memoryview(data), offset)
+            offset += len(data)
+        store.disk.sync(file)
+    finally:
+        os.close(file)
+
+
+def _read(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while data := file.read(READ_BYTES):
+                yield data
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}): load the model again") from error
 
 
 def _write_bytes(
@@ -67,7 +110,7 @@ def _write_bytes(
 
 
 class _Writer:
-    """Puts tensors where the plan says."""
+    """Puts tensors where the plan says, and bytes where the caller does."""
 
     def __init__(self, store: BlockStore, file: int, on_bytes: Callable[[int], None]) -> None:
         self._disk, self._file, self._on_bytes = store.disk, file, on_bytes
@@ -96,19 +139,19 @@ class _Writer:
         if (spec.dtype, spec.shape) != (place.dtype, place.shape):
             raise InvariantError(f"a tensor {spec} was to be written where the plan has {place}")
         data = bytes_of(tensor.contiguous())
-        write_all(self._disk, self._file, data, place.offset)
-        self._count(len(data))
+        self.put(data, place.offset)
         return replace(place, checksum=checksum(data))
 
-    def _write_piece(self, piece: PiecePlace, tensors: Mapping[str, Tensor]) -> PiecePlace:
-        return replace(piece, tensors={role: self.write(piece.tensors[role], found) for role, found in tensors.items()})
-
-    def _count(self, num_bytes: int) -> None:
-        self._unsynced += num_bytes
+    def put(self, data: memoryview, offset: int) -> None:
+        write_all(self._disk, self._file, data, offset)
+        self._unsynced += len(data)
         if self._unsynced >= _SYNC_BYTES:
             self._disk.sync(self._file)
             self._unsynced = 0
-        self._on_bytes(num_bytes)
+        self._on_bytes(len(data))
+
+    def _write_piece(self, piece: PiecePlace, tensors: Mapping[str, Tensor]) -> PiecePlace:
+        return replace(piece, tensors={role: self.write(piece.tensors[role], found) for role, found in tensors.items()})
 
 
 def join_pieces(weight: MemoryWeight) -> dict[str, Tensor]:
