@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from cluster.config import parse_size
 from cluster.model_spec import FolderSource, Precision
+from command_line import Parser, integers, run_script, size
 from limits import drop_page_cache, measure_disk, memory_limit
 from make_checkpoint import SHAPES, make_config, write_tokenizer
 from measures import Round, Workload, describe_machine
@@ -163,14 +163,14 @@ def model_in(arguments: argparse.Namespace) -> Iterator[BlockStore]:
 
 def measure(arguments: argparse.Namespace, store: BlockStore) -> dict[str, Any]:
     """Load the model in its group, run every workload, measure the disk before and after."""
-    limit = parse_size("memory", arguments.memory)
     context = arguments.input_tokens + arguments.output_tokens
-    command = [sys.executable, "-m", "local_model", str(store.folder), "--memory", str(int(limit * BUDGET_SHARE))]
+    budget = str(int(arguments.memory * BUDGET_SHARE))
+    command = [sys.executable, "-m", "local_model", str(store.folder), "--memory", budget]
     command += ["--precision", arguments.precision, "--threads", str(arguments.threads)]
     command += ["--max-context", str(context), "--kv-dtype", arguments.kv_dtype]
     disk = [read_disk(arguments, store)]
     with (
-        memory_limit(limit) as group,
+        memory_limit(arguments.memory) as group,
         Peer(group.wrap(command), environment.variables(None, arguments.threads)) as peer,
     ):
         vocab_size = SHAPES[arguments.shape]["vocab_size"]
@@ -185,7 +185,8 @@ def measure(arguments: argparse.Namespace, store: BlockStore) -> dict[str, Any]:
     disk.append(read_disk(arguments, store))
     for run in runs:
         run["over_disk_time"] = run["seconds_per_pass"] * fmean(disk) / run["bytes_per_pass"]
-    return {"about": about, "disk_bytes_per_second": disk, "memory": memory, "limit_bytes": limit, "runs": runs}
+    memory["limit_bytes"] = arguments.memory
+    return {"about": about, "disk_bytes_per_second": disk, "memory": memory, "runs": runs}
 
 
 def read_disk(arguments: argparse.Namespace, store: BlockStore) -> float:
@@ -233,30 +234,24 @@ def make_table(report: dict[str, Any]) -> Table:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=("int8", "nf4"), default="int8")
+    parser = Parser(__doc__)
+    parser.add_argument("--precision", choices=("int8", "nf4"), default="int8", help="of weights")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure")
-    parser.add_argument("--memory", default="16GiB", help="limit of the control group")
-    parser.add_argument("--shape", choices=[name for name in SHAPES if name.startswith("bloom")], default="bloom-176b")
+    parser.add_argument("--memory", type=size, default="16GiB", help="limit of the control group")
+    shapes = [name for name in SHAPES if name.startswith("bloom")]
+    parser.add_argument("--shape", choices=shapes, default="bloom-176b", help="a published one")
     parser.add_argument("--blocks", type=int, help="fewer blocks than the shape has")
     parser.add_argument("--distinct", type=int, default=2, help="blocks with bytes of their own")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 16], help="e.g. 1,16")
-    parser.add_argument("--input-tokens", type=int, default=8)
-    parser.add_argument("--output-tokens", type=int, default=4)
-    parser.add_argument("--kv-dtype", choices=("auto", "fp32", "bf16", "fp16"), default="bf16")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--fio-seconds", type=float, default=20.0)
+    parser.add_argument("--concurrency", type=integers, default="1,16", help="requests at once")
+    parser.add_argument("--input-tokens", type=int, default=8, help="of every prompt")
+    parser.add_argument("--output-tokens", type=int, default=4, help="of every request")
+    parser.add_argument(
+        "--kv-dtype", choices=("auto", "fp32", "bf16", "fp16"), default="bf16", help="of keys and values"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="that compute")
+    parser.add_argument("--fio-seconds", type=float, default=20.0, help="of both looks at the disk")
     parser.add_argument("--keep", action="store_true", help="leave the model for the next run")
-    parser.add_argument("--quick", action="store_true", help="BLOOM-7B1's shape, 6 blocks, 2 GiB: a smoke test")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.shape, arguments.blocks, arguments.memory, arguments.fio_seconds = "bloom-7b1", 6, "2GiB", 2.0
-    return arguments
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return parser.parse_measurement(quick="--shape bloom-7b1 --blocks 6 --memory 2GiB --fio-seconds 2")
 
 
 def main() -> None:
@@ -282,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

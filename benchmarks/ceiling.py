@@ -26,13 +26,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.config import parse_size
 from cluster.hub.resolve import resolve
+from cluster.model_spec import Precision
+from command_line import Parser, names, run_script, sizes
 from limits import MemoryGroup, drop_page_cache, memory_limit
 from measures import Workload, describe_machine
 from peers import environment
-from peers.process import Peer
+from peers.process import Peer, PeerError
 
+PRECISIONS = [precision.value for precision in Precision]
 LIMIT_SHARE = 1.1
 SAMPLE_SECONDS = 0.005
 PHASES = ("convert, load", "longest prompt", "many sequences", "long prompts")
@@ -73,9 +75,9 @@ def workloads(arguments: argparse.Namespace, vocab_size: int) -> list[Workload]:
     return [Workload(number, length, arguments.output_tokens, vocab_size) for number, length in sizes]
 
 
-def measure(arguments: argparse.Namespace, precision: str, memory: str) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, vocab_size: int, precision: str, budget: int) -> dict[str, Any]:
     """Return the figures of one budget."""
-    budget = parse_size("memory", memory)
+    variables = environment.variables(None, arguments.threads)
     drop_page_cache()
     with TemporaryDirectory(dir=arguments.store_dir) as store, memory_limit(int(budget * LIMIT_SHARE)) as group:
         phases: list[dict[str, Any]] = []
@@ -83,29 +85,26 @@ def measure(arguments: argparse.Namespace, precision: str, memory: str) -> dict[
         sampler = Sampler(group)
         with sampler.running():
             try:
-                run(arguments, group.wrap(command(arguments, precision, memory, store)), group, sampler, figures)
-            except RuntimeError as error:
-                phases.append(phase(group, sampler, phases) | {"error": str(error)[-60:]})
+                later = workloads(arguments, vocab_size)
+                with Peer(group.wrap(command(arguments, precision, budget, store)), variables) as peer:
+                    run(peer, later, group, sampler, figures)
+            except PeerError as error:
+                phases.append(phase(group, sampler, phases) | {"error": str(error)})
         shutil.rmtree(store)
         Path(store).mkdir()
     return figures
 
 
 def run(
-    arguments: argparse.Namespace,
-    command: Sequence[str],
-    group: MemoryGroup,
-    sampler: Sampler,
-    figures: dict[str, Any],
+    peer: Peer, workloads: Sequence[Workload], group: MemoryGroup, sampler: Sampler, figures: dict[str, Any]
 ) -> None:
     """Go through the phases, adding their figures."""
     phases = figures["phases"]
-    with Peer(command, environment.variables(None, arguments.threads)) as peer:
-        figures["about"] = peer.about
+    figures["about"] = peer.about
+    phases.append(phase(group, sampler, phases))
+    for workload in workloads:
+        peer.run(workload)
         phases.append(phase(group, sampler, phases))
-        for workload in workloads(arguments, resolve(str(arguments.model)).vocab_size):
-            peer.run(workload)
-            phases.append(phase(group, sampler, phases))
 
 
 def phase(group: MemoryGroup, sampler: Sampler, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -114,11 +113,11 @@ def phase(group: MemoryGroup, sampler: Sampler, before: Sequence[dict[str, Any]]
     return {"phase": PHASES[len(before)], "anonymous_bytes": sampler.take(), "num_times_at_limit": num_hits}
 
 
-def command(arguments: argparse.Namespace, precision: str, memory: str, store: str) -> list[str]:
+def command(arguments: argparse.Namespace, precision: str, budget: int, store: str) -> list[str]:
     """Return the command of the process."""
-    options = ["--precision", precision, "--memory", memory, "--threads", str(arguments.threads)]
+    options = ["--precision", precision, "--memory", str(budget), "--threads", str(arguments.threads)]
     options += ["--max-context", str(arguments.max_context), "--store-dir", store]
-    return [sys.executable, "-m", "local_model", str(arguments.model), *options]
+    return [sys.executable, "-m", "local_model", arguments.model, *options]
 
 
 def make_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -140,31 +139,31 @@ def _hits(phase: dict[str, Any]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path)
-    parser.add_argument("--memory", type=_names, required=True, help="budgets, e.g. 3GiB,1.5GiB")
-    parser.add_argument("--precisions", type=_names, default=["bf16", "int8", "nf4"])
-    parser.add_argument("--max-context", type=int, default=2048)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--long-prompts", type=int, default=4)
-    parser.add_argument("--output-tokens", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, help="alias, hub id or folder")
+    parser.add_argument("--memory", type=sizes, required=True, help="budgets, e.g. 3GiB,1.5GiB")
+    parser.add_argument("--precisions", type=names(PRECISIONS), default="bf16,int8,nf4", help="of weights")
+    parser.add_argument(
+        "--max-context", type=int, default=2048, help="tokens of the longest prompt and what follows it"
+    )
+    parser.add_argument("--sequences", type=int, default=16, help="of 16 tokens, at once")
+    parser.add_argument("--long-prompts", type=int, default=4, help="of half the context, at once")
+    parser.add_argument("--output-tokens", type=int, default=4, help="of every request")
+    parser.add_argument("--threads", type=int, default=2, help="that compute")
     parser.add_argument("--store-dir", type=Path, help="where converted weights are for a while")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser.parse_args()
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
+    return parser.parse_measurement(
+        quick="--precisions int8 --max-context 128 --sequences 4 --long-prompts 2 --output-tokens 2"
+    )
 
 
 def main() -> None:
     arguments = parse_arguments()
+    vocab_size = resolve(arguments.model).vocab_size
     machine = describe_machine()
     rows = []
     for precision in arguments.precisions:
-        for memory in arguments.memory:
-            rows.append(measure(arguments, precision, memory))
+        for budget in arguments.memory:
+            rows.append(measure(arguments, vocab_size, precision, budget))
             print(json.dumps(rows[-1]["phases"]), file=sys.stderr)
     if arguments.json:
         print(json.dumps({"machine": machine, "benchmark": shlex.join(sys.argv), "rows": rows}, indent=1))
@@ -175,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,8 @@ PACKAGES = {
 def fetch(name: str, cache: Path) -> str:
     """Return a text of PACKAGES, or the contents of a file; packages are fetched on first use."""
     if name not in PACKAGES:
+        if not Path(name).is_file():
+            raise SystemExit(f"no text {name}: neither a file nor one of {', '.join(PACKAGES)}")
         return Path(name).read_text(encoding="utf-8")
     file = cache / "text" / f"{name}.txt"
     if not file.is_file():

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import Precision
+from command_line import Parser, integers, run_script
 from measures import Workload, describe_machine
 from stage import Driver, load
 
@@ -87,16 +88,17 @@ def make_table(figures: Sequence[dict[str, Any]]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="alias, hub id or folder")
-    parser.add_argument("--precision", choices=[precision.value for precision in Precision], default="fp32")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 8])
-    parser.add_argument("--threads", type=_integers, default=[1, 2])
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--precision", choices=[precision.value for precision in Precision], default="fp32", help="of weights"
+    )
+    parser.add_argument("--concurrency", type=integers, default="1,8", help="requests at once")
+    parser.add_argument("--threads", type=integers, default="1,2", help="that compute")
+    parser.add_argument("--input-tokens", type=int, default=64, help="of every prompt")
+    parser.add_argument("--output-tokens", type=int, default=32, help="of every request")
+    parser.add_argument("--rounds", type=int, default=3, help="that count")
+    arguments = parser.parse_measurement(quick="--rounds 1 --concurrency 1 --threads 1 --output-tokens 4")
 
     machine = describe_machine()
     figures = measure(arguments)
@@ -107,9 +109,5 @@ def main() -> None:
         Console().print(machine, make_table(figures))
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,23 +3,20 @@
 No arithmetic: the spans are fakes that only count, so this is transport alone. Prints median and 95th percentile for
 payloads of several sizes, with one step in flight, and the steps per second with several in flight.
 
-    python benchmarks/hop.py [--steps 500] [--json]
+    python benchmarks/hop.py --steps 500
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
 import sys
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster.clock import SystemClock
 from cluster.load_order import LoadOrder
@@ -34,6 +31,8 @@ from cluster.testing.executor import FakeSpanLoader
 from cluster.wire.channels import open_channel
 from cluster.wire.steps import epoch_to_proto, header_to_proto, result_from_proto
 from cluster.wire.workers import load_order_to_proto
+from command_line import Parser, run_script
+from measures import describe_machine
 from worker.server import StageServer
 
 HIDDEN_SIZE = 448  # fp32: 16 tokens are 28 KiB, BLOOM-176B's hidden state of one token in 16 bit
@@ -151,10 +150,10 @@ async def measure(addresses: list[str], num_steps: int) -> list[dict[str, float]
 
 def main() -> None:
     """Start two processes, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=int, default=500, help="of the smallest payload; larger ones take fewer")
+    arguments = parser.parse_measurement()
+    machine = describe_machine()
     os.environ.update(MALLOC)
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -167,9 +166,13 @@ def main() -> None:
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send("stop")
         process.join()
+    if arguments.json:
+        print(json.dumps({"machine": machine, "benchmark": shlex.join(sys.argv), "rows": rows}, indent=1))
+        return
+    print(machine)
     for row in rows:
-        print(json.dumps(row) if arguments.json else "  ".join(f"{name} {value}" for name, value in row.items()))
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
+from cluster.errors import SpanwiseError
 from cluster.local import LocalModel
 from measures import Round, Workload
 from peers.process import Run, answer
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--store-dir", default="")
     arguments = parser.parse_args()
-    answer(lambda: load(arguments))
+    answer(lambda: load(arguments), (SpanwiseError,))
 
 
 if __name__ == "__main__":

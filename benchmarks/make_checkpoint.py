@@ -9,7 +9,6 @@ written one after the other; no more than one of them is in memory.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
+
+from command_line import Parser, run_script
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 1024**3
@@ -158,12 +159,12 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=sorted(SHAPES))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser = Parser(__doc__)
+    parser.add_argument("shape", choices=sorted(SHAPES), help="a published one")
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of weights")
     parser.add_argument("--blocks", type=int, help="keep only so many blocks")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     arguments = parser.parse_args()
 
     config = make_config(arguments.shape, arguments.blocks)
@@ -176,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,29 +6,29 @@ Contenders alternate in one run and several weights take turns, so that all of t
 * dequantize: bitsandbytes.functional.dequantize_4bit of the whole weight, then torch.nn.functional.linear
 * matmul_4bit: bitsandbytes.matmul_4bit
 
-    python benchmarks/nf4.py [--out 5632] [--in 2048] [--threads 1 2] [--rows 1 8 32 256] [--json]
+    python benchmarks/nf4.py --threads 1,2 --rows 1,8,32,256
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
 
 from cluster.model_spec import Precision
+from command_line import Parser, integers, run_script
+from measures import describe_machine
 from worker.linear.base import Linear, LinearNumerics
 from worker.linear.nf4 import build_nf4
-from worker.numerics import isa, name_of
+from worker.numerics import name_of
 from worker.quantization.nf4 import encode
 from worker.stored_weight import MemoryWeight
 
@@ -120,6 +120,7 @@ def measure_encoding(shape: tuple[int, int]) -> dict[str, float]:
 def main() -> None:
     arguments = parse()
     shape = (arguments.num_out, arguments.num_in)
+    machine = describe_machine()
     report: list[dict[str, Any]] = []
     for compute in (torch.bfloat16, torch.float32):
         weights = [make_weight(shape, seed, compute) for seed in range(NUM_WEIGHTS)]
@@ -133,8 +134,10 @@ def main() -> None:
     torch.set_num_threads(1)
     encoding = measure_encoding(shape)
     if arguments.json:
-        print(json.dumps({"isa": isa(torch.device("cpu")), "shape": shape, "times": report, "encoding_ns": encoding}))
+        figures = {"shape": shape, "times": report, "encoding_ns": encoding}
+        print(json.dumps({"machine": machine, "benchmark": shlex.join(sys.argv)} | figures, indent=1))
     else:
+        print(machine)
         print("encoding, 1 thread, ns per parameter: " + "  ".join(f"{name} {ns:.1f}" for name, ns in encoding.items()))
 
 
@@ -146,14 +149,13 @@ def print_times(entry: Mapping[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", dest="num_out", type=int, default=5632)
-    parser.add_argument("--in", dest="num_in", type=int, default=2048)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 256])
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("--out", dest="num_out", type=int, default=5632, help="rows of the weight")
+    parser.add_argument("--in", dest="num_in", type=int, default=2048, help="columns of the weight")
+    parser.add_argument("--threads", type=integers, default="1,2", help="that compute")
+    parser.add_argument("--rows", type=integers, default="1,8,32,256", help="of inputs")
+    return parser.parse_measurement()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,15 +21,16 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
 import corpora
+from cluster.errors import ConfigurationError
 from cluster.hub.resolve import resolve
 from cluster.model_spec import ModelSpec, Precision
+from command_line import Parser, checkpoint, names, run_script
 from measures import describe_machine
 from peers import environment
 from peers.environment import HUGGING_FACE
@@ -59,12 +60,12 @@ class Score:
 def cut(token_ids: Sequence[int], num_tokens: int, window: int) -> list[list[int]]:
     """Return windows of equal length that together predict at least `num_tokens`, spread evenly over the text.
 
-    Raises ValueError for a text that is too short.
+    Raises ConfigurationError for a text that is too short.
     """
     needed = -(-num_tokens // (window - 1))
     starts = range(0, len(token_ids) - window + 1, window)
     if len(starts) < needed:
-        raise ValueError(f"{len(token_ids)} tokens of text are too few for {needed} windows of {window}")
+        raise ConfigurationError(f"{len(token_ids)} tokens of text are too few for {needed} windows of {window}")
     chosen = [starts[index * len(starts) // needed] for index in range(needed)]
     return [list(token_ids[start : start + window]) for start in chosen]
 
@@ -109,39 +110,26 @@ def make_markdown(scores: Sequence[Score]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a checkpoint with tokenizer.json")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, type=checkpoint, help="folder of a checkpoint with tokenizer.json")
     parser.add_argument("--text", default="moby-dick", help=f"{', '.join(corpora.PACKAGES)}, or a file")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens to predict, at least")
     parser.add_argument("--window", type=int, default=512, help="tokens that are scored together")
-    parser.add_argument("--ours", type=_names(OURS), default=list(OURS), help=f"some of {','.join(OURS)}")
-    parser.add_argument("--theirs", type=_names(THEIRS), default=list(THEIRS), help=f"some of {','.join(THEIRS)}, or -")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--ours", type=names(OURS), default=",".join(OURS), help="our weights' precisions; - for none")
+    parser.add_argument("--theirs", type=names(THEIRS), default=",".join(THEIRS), help="theirs; - for none")
+    parser.add_argument("--threads", type=int, default=2, help="that compute")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="keeps the environment, texts, the store")
-    parser.add_argument("--quick", action="store_true", help="2,000 tokens: a smoke test")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return parser.parse_args()
+    return parser.parse_measurement(quick="--tokens 2000")
 
 
-def _names(known: Sequence[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = [] if text == "-" else text.split(",")
-        if unknown := set(names) - set(known):
-            raise argparse.ArgumentTypeError(f"not known: {', '.join(sorted(unknown))}")
-        return names
-
-    return parse
-
-
-def measure(arguments: argparse.Namespace, windows: Sequence[Sequence[int]]) -> list[Score]:
+def measure(arguments: argparse.Namespace, spec: ModelSpec, windows: Sequence[Sequence[int]]) -> list[Score]:
     """Return all scores, telling each as it comes."""
-    spec = resolve(arguments.model)
     scores = []
     for name, is_ours in [(name, True) for name in arguments.ours] + [(name, False) for name in arguments.theirs]:
         if is_ours:
             score = score_ours(spec, name, windows, arguments.cache)
         else:
-            score = score_theirs(arguments.model, name, windows, arguments.cache, arguments.threads)
+            score = score_theirs(str(arguments.model), name, windows, arguments.cache, arguments.threads)
         print(f"{score.system} {score.weights}: {score.perplexity:.4f}", file=sys.stderr)
         scores.append(score)
     return scores
@@ -149,12 +137,13 @@ def measure(arguments: argparse.Namespace, windows: Sequence[Sequence[int]]) -> 
 
 def main() -> None:
     arguments = parse_arguments()
+    spec = resolve(str(arguments.model))
     torch.set_num_threads(arguments.threads)
     machine = describe_machine()
-    tokenizer = Tokenizer.from_file(str(Path(arguments.model) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(arguments.model / "tokenizer.json"))
     token_ids = tokenizer.encode(corpora.fetch(arguments.text, arguments.cache), add_special_tokens=False).ids
-    windows = cut(token_ids, 2_000 if arguments.quick else arguments.tokens, arguments.window)
-    scores = measure(arguments, windows)
+    windows = cut(token_ids, arguments.tokens, arguments.window)
+    scores = measure(arguments, spec, windows)
     report = {
         "machine": machine,
         "benchmark": shlex.join(sys.argv),
@@ -171,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.hub.resolve import resolve
+from command_line import Parser, checkpoint, integers, names, run_script
 from measures import Round, Workload, describe_machine
 from peers import environment
 from peers.environment import Environment
@@ -223,34 +224,18 @@ def _cell(systems: dict[str, Any], name: str, figures: dict[str, Any], phase: st
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="a Llama's folder with bf16 weights")
-    parser.add_argument("--precision", choices=("int8", "nf4", "fp32", "bf16"), default="int8", help="ours")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 8, 32], help="e.g. 1,8,32")
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--systems", type=_systems, default=list(SYSTEMS), help=f"some of {','.join(SYSTEMS)}")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, type=checkpoint, help="a Llama's folder with bf16 weights")
+    parser.add_argument("--precision", choices=("int8", "nf4", "fp32", "bf16"), default="int8", help="of our weights")
+    parser.add_argument("--concurrency", type=integers, default="1,8,32", help="requests at once")
+    parser.add_argument("--input-tokens", type=int, default=64, help="of every prompt")
+    parser.add_argument("--output-tokens", type=int, default=32, help="of every request")
+    parser.add_argument("--threads", type=int, default=2, help="that compute")
+    parser.add_argument("--rounds", type=int, default=3, help="that count")
+    parser.add_argument("--systems", type=names(SYSTEMS), default=",".join(SYSTEMS), help="which to measure")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="keeps environments and converted weights")
     parser.add_argument("--load-timeout", type=float, default=900.0, help="seconds until the cluster must be ready")
-    parser.add_argument("--quick", action="store_true", help="one round of 8 tokens at 1 and 4 requests: a smoke test")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.rounds, arguments.concurrency, arguments.output_tokens = 1, [1, 4], 8
-    return arguments
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _systems(text: str) -> list[str]:
-    unknown = set(text.split(",")) - set(SYSTEMS)
-    if unknown:
-        raise argparse.ArgumentTypeError(f"no such system: {', '.join(sorted(unknown))}")
-    return text.split(",")
+    return parser.parse_measurement(quick="--rounds 1 --concurrency 1,4 --output-tokens 8")
 
 
 def main() -> None:
@@ -277,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from rich.table import Table
 
 from cluster.hub.resolve import find_token, resolve
 from cluster.model_spec import FolderSource, ModelSpec
+from command_line import Parser, integers, run_script
 from measures import Round, StageWindow, Workload, describe_machine, summarize, summarize_stages
 from peers.environment import variables
 from peers.process import Peer
@@ -57,28 +58,23 @@ class Results:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="alias, hub id or folder")
-    parser.add_argument("--revision", default="main")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--concurrency", type=_integers, default=[1, 8, 32], help="e.g. 1,8,32")
-    parser.add_argument("--input-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=32)
-    parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--threads-per-stage", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--revision", default="main", help="of a hub id")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of weights")
+    parser.add_argument("--concurrency", type=integers, default="1,8,32", help="requests at once")
+    parser.add_argument("--input-tokens", type=int, default=64, help="of every prompt")
+    parser.add_argument("--output-tokens", type=int, default=32, help="of every request")
+    parser.add_argument("--stages", type=int, default=2, help="that the cluster has")
+    parser.add_argument("--threads-per-stage", type=int, default=1, help="that compute")
+    parser.add_argument("--rounds", type=int, default=3, help="that count")
     parser.add_argument("--peer-batch", type=int, default=8, help="largest batch given to transformers")
     parser.add_argument("--no-peer", action="store_true", help="measure Spanwise alone")
     parser.add_argument("--load-timeout", type=float, default=900.0, help="seconds until the cluster must be ready")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "serve_options", nargs="*", help="after --: further options of `cluster serve`, e.g. -- --exact"
     )
-    return parser.parse_args()
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return parser.parse_measurement(quick="--rounds 1 --concurrency 1,4 --output-tokens 8")
 
 
 async def measure(arguments: argparse.Namespace, spec: ModelSpec, results: Sequence[Results]) -> str:
@@ -183,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

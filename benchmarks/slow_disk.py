@@ -12,7 +12,10 @@ would take without reading ahead. Medians over the passes.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,7 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.hub.resolve import resolve
+from command_line import Parser, run_script
 from measures import Round, Workload, describe_machine
+from peers.process import Run
 from stage import add_arguments, open_stage
 from worker.stream import opening
 from worker.stream.streamed_file import StreamedFile
@@ -55,13 +60,8 @@ def decode_seconds(found: Round, workload: Workload) -> float:
     return median(found.inter_token_seconds[:: workload.concurrency])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--passes", type=int, default=6)
-    parser.add_argument("--shares", default="8,4,2,1", help="seconds of reading per second of computing")
-    arguments = parser.parse_args()
+def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
+    """Return the figures at each speed; times are seconds of a decode pass."""
     disk = SlowDisk()
     spec = resolve(arguments.model)
     with patch.object(opening, "StreamedFile", partial(StreamedFile, read_at=disk.read_at)):
@@ -70,17 +70,55 @@ def main() -> None:
     run(workload)
     fast = run(workload)
     computing = min(fast.inter_token_seconds) - fast.stall_seconds / fast.num_passes
-    table = Table("MB/s", "reading", "computing", "max", "sum", "pass", "pass / max", title="Seconds of a decode pass")
-    for share in map(float, arguments.shares.split(",")):
-        reading = computing * share
-        disk.bytes_per_second = about["streamed_bytes"] / reading
-        run(replace(workload, num_output_tokens=2))
-        took = decode_seconds(run(workload), workload)
-        cells = (reading, computing, max(reading, computing), reading + computing, took)
-        ratio = f"{took / max(reading, computing):.2f}"
-        table.add_row(f"{disk.bytes_per_second / 1e6:.0f}", *[f"{seconds:.3f}" for seconds in cells], ratio)
-    Console(width=120).print(describe_machine(), table)
+    return [measure_at(disk, run, workload, computing, about["streamed_bytes"], share) for share in arguments.shares]
+
+
+def measure_at(
+    disk: SlowDisk, run: Run, workload: Workload, computing: float, num_bytes: int, share: float
+) -> dict[str, float]:
+    """Return the figures where reading takes `share` times as long as computing."""
+    reading = computing * share
+    disk.bytes_per_second = num_bytes / reading
+    run(replace(workload, num_output_tokens=2))
+    times = {"reading": reading, "computing": computing, "max": max(reading, computing), "sum": reading + computing}
+    return {"bytes_per_second": disk.bytes_per_second, **times, "pass": decode_seconds(run(workload), workload)}
+
+
+def make_table(rows: Sequence[dict[str, float]]) -> Table:
+    """Return the figures for people."""
+    columns = ("reading", "computing", "max", "sum", "pass")
+    table = Table("MB/s", *columns, "pass / max", title="Seconds of a decode pass")
+    for row in rows:
+        seconds = [f"{row[name]:.3f}" for name in columns]
+        table.add_row(f"{row['bytes_per_second'] / 1e6:.0f}", *seconds, f"{row['pass'] / row['max']:.2f}")
+    return table
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--sequences", type=int, default=16, help="that decode at once")
+    parser.add_argument("--passes", type=int, default=6, help="of decoding at each speed, the prompts' included")
+    parser.add_argument("--shares", type=_floats, default="8,4,2,1", help="seconds of reading per second of computing")
+    arguments = parser.parse_measurement(quick="--sequences 4 --passes 3 --shares 1")
+    if not arguments.streamed:
+        parser.error("--streamed must name at least one block: otherwise nothing is read")
+    return arguments
+
+
+def _floats(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    machine = describe_machine()
+    rows = measure(arguments)
+    if arguments.json:
+        print(json.dumps({"machine": machine, "benchmark": shlex.join(sys.argv), "rows": rows}, indent=1))
+    else:
+        Console(width=120).print(machine, make_table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cluster.errors import SpanwiseError
 from cluster.hub.resolve import find_token, resolve
 from cluster.load_order import LoadOrder, StoreOptions
 from cluster.microbatch import Epoch, PageDelta, SequenceSampling, StepHeader, StepId
@@ -152,15 +153,17 @@ class Driver:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what decides how a stage is loaded."""
     parser.add_argument("model", help="alias, hub id or folder")
-    parser.add_argument("--precision", choices=[precision.value for precision in Precision], default="int8")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-concurrency", type=int, default=32)
-    parser.add_argument("--max-context", type=int, default=512)
-    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS)
-    parser.add_argument("--kv-dtype", default="auto")
-    parser.add_argument("--store-dir", default="")
+    parser.add_argument(
+        "--precision", choices=[precision.value for precision in Precision], default="int8", help="of weights"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="that compute")
+    parser.add_argument("--max-concurrency", type=int, default=32, help="sequences that have room in the cache")
+    parser.add_argument("--max-context", type=int, default=512, help="tokens of a sequence at most")
+    parser.add_argument("--step-tokens", type=int, default=STEP_TOKENS, help="prompt tokens of a step at most")
+    parser.add_argument("--kv-dtype", default="auto", help="of keys and values")
+    parser.add_argument("--store-dir", help="where converted weights are")
     parser.add_argument("--streamed", type=int, default=0, help="how many blocks, and after them the head, to stream")
-    parser.add_argument("--ring-bytes", type=int, default=0)
+    parser.add_argument("--ring-bytes", type=int, default=0, help="memory for what is read ahead")
 
 
 def open_stage(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Run]:
@@ -173,7 +176,7 @@ def open_stage(arguments: argparse.Namespace) -> tuple[Mapping[str, Any], Run]:
         Precision(arguments.precision),
         num_sequences=arguments.max_concurrency,
         max_context=arguments.max_context,
-        store=arguments.store_dir,
+        store=arguments.store_dir or "",
         kv_dtype=arguments.kv_dtype,
         num_streamed=arguments.streamed,
         ring_bytes=arguments.ring_bytes,
@@ -199,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args()
-    answer(lambda: open_stage(arguments))
+    answer(lambda: open_stage(arguments), (SpanwiseError,))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The protocol between a benchmark and a system in a process of its own, both ends.
 
-The process prints one line of JSON about itself when it is ready, then answers every line with a workload with a line
-with a round. Whatever else it prints goes to stderr, and it ends when its input does.
+The process prints one line of JSON about itself when it is ready, or why it refuses to load, then answers every line
+with a workload with a line with a round. Whatever else it prints goes to stderr, and it ends when its input does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from measures import Round, Workload
 Run = Callable[[Workload], Round]
 
 
+class PeerError(RuntimeError):
+    """A process ended instead of answering; a sentence says why."""
+
+
 class Peer:
     """A process, from the outside. `about` is what it said of itself: version, license, what matters to readers."""
 
@@ -42,7 +46,7 @@ class Peer:
         return self._process.pid
 
     def run(self, workload: Workload) -> Round:
-        """Run one workload. Raises RuntimeError when the process ends instead."""
+        """Run one workload. Raises PeerError when the process ends instead."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(workload)) + "\n")
         self._process.stdin.flush()
@@ -59,8 +63,10 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"`{' '.join(self.command)}` ended with status {self._process.wait()}")
+            raise PeerError(f"`{' '.join(self.command)}` ended with status {self._process.wait()}")
         answer: dict[str, Any] = json.loads(line)
+        if "refusal" in answer:
+            raise PeerError(answer["refusal"])
         return answer
 
     def __enter__(self) -> Self:
@@ -80,10 +86,17 @@ def own_output() -> Iterator[Any]:
         yield output
 
 
-def answer(load: Callable[[], tuple[Mapping[str, Any], Run]]) -> None:
-    """Be the process: load, say what was loaded, then answer workloads until the input ends."""
+def answer(load: Callable[[], tuple[Mapping[str, Any], Run]], refusals: tuple[type[Exception], ...] = ()) -> None:
+    """Be the process: load, say what was loaded, then answer workloads until the input ends.
+
+    Of loading, errors of the kinds `refusals` are told to the benchmark instead of shown with a traceback.
+    """
     with own_output() as output:
-        about, run = load()
+        try:
+            about, run = load()
+        except refusals as error:
+            print(json.dumps({"refusal": str(error)}), file=output)
+            return
         print(json.dumps(about), file=output)
         for line in sys.stdin:
             print(json.dumps(asdict(run(Workload(**json.loads(line))))), file=output)

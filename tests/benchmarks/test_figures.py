@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bloom import pass_figures
+from cluster.errors import ConfigurationError
 from linear_kernels import block_shapes
 from measures import Round, Workload
 from quality import Score, cut, make_markdown
@@ -65,7 +66,7 @@ def test_windows_predict_enough_tokens_and_are_spread_over_the_text() -> None:
 
 
 def test_a_text_that_is_too_short_is_refused() -> None:
-    with pytest.raises(ValueError, match="too few"):
+    with pytest.raises(ConfigurationError, match="too few"):
         cut(range(20), num_tokens=100, window=10)
 
 
