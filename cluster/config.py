@@ -69,7 +69,9 @@ class ServeConfig:
     exact: bool = _setting(False, "fixed reduction order everywhere: the same tokens whatever else is served")
     max_running: int = _setting(256, "sequences generated at once")
     max_waiting: int = _setting(1024, "requests queued beyond that; more are refused")
-    max_step_tokens: int = _setting(512, "prompt and output tokens of one microbatch")
+    max_step_tokens: int = _setting(
+        0, "prompt and output tokens of one microbatch; 0: 512, or as long a prompt as fits where weights are streamed"
+    )
     inter_token_target: float = _setting(
         0.5, "seconds; prompt chunks shrink to keep steps under it while others decode"
     )
@@ -86,7 +88,6 @@ class ServeConfig:
             "workers",
             "max_running",
             "max_waiting",
-            "max_step_tokens",
             "inter_token_target",
             "step_timeout",
             "load_timeout",
@@ -95,7 +96,7 @@ class ServeConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("max_context", "threads", "gpus", "kv_memory", "store_quota", "disk_reserve"):
+        for name in ("max_context", "threads", "gpus", "max_step_tokens", "kv_memory", "store_quota", "disk_reserve"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"{name} must not be negative, not {getattr(self, name)}")
         if not 0 <= self.port <= 65535:

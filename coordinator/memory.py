@@ -21,6 +21,7 @@ from cluster.placement import MemoryPlan, WorkerInfo
 from cluster.span import Span, streaming_order
 from coordinator.pages import num_pages_for
 
+STEP_TOKENS = 512  # of the largest step, where nobody says how many
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 MIN_RING_SLOTS, MAX_RING_SLOTS = 3, 8  # one being read, one being used, one between; more smooth a disk's pauses
@@ -52,10 +53,15 @@ class PlacementOptions:
     max_running: int
     kv_memory_bytes: int  # per stage; 0: what is left, at most what max_running x max_context needs
     generation: int
-    max_step_tokens: int = 512
+    max_step_tokens: int = 0  # 0: STEP_TOKENS, or more where blocks are streamed
     compute_dtype: str = "auto"  # likewise
     is_precision_fixed: bool = False  # the checkpoint comes in this one
     is_context_fixed: bool = True  # asked for; otherwise a shorter one is served where memory is short
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that the largest step must be able to have."""
+        return self.max_step_tokens or STEP_TOKENS
 
     @property
     def min_pages(self) -> int:

@@ -46,7 +46,7 @@ def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOp
     cut, ledger = _first_fit(_by_node(workers), sizes, options)
     if not _fits(cut, ledger):
         raise ConfigurationError(_what_does_not_fit(cut, ledger, _help(workers, sizes, ledger.options)))
-    if not all(ledger.is_resident(worker, span) for worker, span in cut):
+    if not options.max_step_tokens and not all(ledger.is_resident(worker, span) for worker, span in cut):
         ledger = Ledger(sizes, ledger.options, _streamed_step_tokens(cut, ledger))
     placement = _planned(cut, ledger)
     return replace(placement, advice=_advice(placement, workers, sizes, options))
@@ -59,7 +59,7 @@ def _first_fit(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: Placem
     if not options.is_context_fixed:
         contexts += _shorter_contexts(options)
     for context in contexts:
-        ledger = Ledger(sizes, replace(options, max_context=context), options.max_step_tokens)
+        ledger = Ledger(sizes, replace(options, max_context=context), options.step_tokens)
         cut = _cut(workers, len(sizes.blocks), ledger)
         if _fits(cut, ledger):
             break
@@ -75,7 +75,7 @@ def _shorter_contexts(options: PlacementOptions) -> list[int]:
 
 
 def _shorter_steps(options: PlacementOptions) -> list[int]:
-    return [size for size in _halves(options.max_step_tokens) if size >= MIN_STEP_TOKENS]
+    return [size for size in _halves(options.step_tokens) if size >= MIN_STEP_TOKENS]
 
 
 def _halves(size: int) -> list[int]:
@@ -204,7 +204,7 @@ def _precisions_without_streaming(
     workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions
 ) -> list[str]:
     for precision in lighter_precisions(options):
-        ledger = Ledger(sizes, replace(options, precision=precision), options.max_step_tokens)
+        ledger = Ledger(sizes, replace(options, precision=precision), options.step_tokens)
         cut = _cut(_by_node(workers), len(sizes.blocks), ledger)
         if _fits(cut, ledger) and all(ledger.is_resident(*stage) for stage in cut):
             return [f"--precision {precision.value} would fit without streaming"]
@@ -229,7 +229,7 @@ def _help(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOp
 def _can_place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> bool:
     if len(workers) > len(sizes.blocks):
         return False
-    measure = partial(_reading, Ledger(sizes, options, options.max_step_tokens))
+    measure = partial(_reading, Ledger(sizes, options, options.step_tokens))
     return not math.isinf(_cheapest(_by_node(workers), len(sizes.blocks), measure, max)[0])
 
 

@@ -267,6 +267,11 @@ def test_steps_take_whole_prompts_where_blocks_are_streamed_and_memory_allows() 
     assert place([worker("a", 64 * GIB)], model(1200), options).max_step_tokens == 8192
 
 
+def test_steps_never_take_more_tokens_than_was_asked_for() -> None:
+    options = replace(OPTIONS, max_context=8192, max_step_tokens=128)
+    assert place([worker("a", 3 * GIB)], model(64), options).max_step_tokens == 128
+
+
 WORKERS = st.lists(st.integers(2**27, 8 * GIB), min_size=1, max_size=5)
 BLOCKS = st.lists(st.integers(2**16, 2**27), min_size=5, max_size=24)
 PRECISIONS = st.sampled_from(list(Precision))
