@@ -226,6 +226,13 @@ def test_experts_on_demand_equal_resident_ones_bit_for_bit(
     assert traffic_of(cached, PipelineDriver([cached])).read_bytes > 0
 
 
+def test_experts_that_are_read_on_demand_are_told_once_loaded(folders: dict[str, Path], loads: Loads) -> None:
+    resident = loads.span(folders["mixtral"], precision=Precision.INT8)
+    cached = loads.span(folders["mixtral"], precision=Precision.INT8, expert_cache_bytes=72 << 10)
+    assert resident.streamed_bytes == 0
+    assert 0 < resident.weight_bytes - cached.weight_bytes <= cached.streamed_bytes  # with what aligns them
+
+
 def test_a_ring_too_small_is_refused(folders: dict[str, Path], loads: Loads) -> None:
     before = psutil.Process().num_fds()
     with pytest.raises(ConfigurationError, match="buffers for streamed weights"):

@@ -31,11 +31,12 @@ class DiskWeights:
     slices: SliceRing | DeviceSource | None = None  # the ring, or what a GPU has of it
     residency: Residency | None = None  # with a ring
     experts: ExpertCache | None = None
+    expert_bytes: int = 0  # of the experts that are read on demand
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that a pass reads through the ring now."""
-        return self.residency.streamed_bytes if self.residency is not None else 0
+        """Bytes that a pass reads through the ring now; of experts, all that it may read."""
+        return self.residency.streamed_bytes if self.residency is not None else self.expert_bytes
 
     @property
     def shifting_bytes(self) -> int:

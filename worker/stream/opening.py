@@ -128,7 +128,8 @@ class OpenSpan:
             residency.start()
         repair = partial(self._repair, make_again)
         ring = self._device_ring or self._ring
-        return DiskWeights(self._readers, self._counters, self.close, repair, ring, residency, self._cache)
+        cache, expert_bytes = self._cache, sum(extent.num_bytes for extent in self._expert_extents())
+        return DiskWeights(self._readers, self._counters, self.close, repair, ring, residency, cache, expert_bytes)
 
     def close(self) -> None:
         """Close the files, and end copying."""
@@ -158,10 +159,16 @@ class OpenSpan:
         return SliceRing(self._readers, self._counters, ring_bytes=self._order.ring_bytes, slot_bytes=slot_bytes)
 
     def _make_cache(self) -> ExpertCache:
-        slot_bytes = _largest(extent for experts in self._experts.values() for extent in experts.values())
+        slot_bytes = _largest(self._expert_extents())
         return ExpertCache(
             self._readers, self._counters, cache_bytes=self._order.expert_cache_bytes, slot_bytes=slot_bytes
         )
+
+    def _expert_extents(self) -> list[Extent]:
+        """Return all experts, where they are read on demand."""
+        if not self._order.expert_cache_bytes:
+            return []
+        return [extent for experts in self._experts.values() for extent in experts.values()]
 
 
 def _largest(extents: Iterable[Extent]) -> int:
