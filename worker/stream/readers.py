@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.errors import SpanwiseError, StageTimeoutError
+from cluster.errors import StageTimeoutError
 from worker.store.manifest import ALIGNMENT
 from worker.stream.streamed_file import Extent
 
@@ -66,7 +66,7 @@ class Fill:
         self.extent, self.slot, self.num_left = extent, slot, num_left
         self.is_dropped = False
         self.is_settled = False  # no thread writes to the slot any more
-        self.error: SpanwiseError | None = None
+        self.error: Exception | None = None
 
 
 class Readers:
@@ -144,16 +144,16 @@ class Readers:
             return None if self._is_closed else self._jobs.popleft()
 
     def _read(self, fill: Fill, start: int) -> None:
-        error: SpanwiseError | None = None
+        error: Exception | None = None
         extent = fill.extent
         try:
             extent.read(fill.slot.memory, start, min(start + self._plan.read_bytes, extent.num_bytes))
-        except SpanwiseError as raised:
+        except Exception as raised:
             error = raised
         if self._note(fill, error):
             self._settle(fill)
 
-    def _note(self, fill: Fill, error: SpanwiseError | None) -> bool:
+    def _note(self, fill: Fill, error: Exception | None) -> bool:
         """Tell whether that was the last read of a fill."""
         with self._progress:
             fill.error = fill.error or error
@@ -165,7 +165,7 @@ class Readers:
         try:
             if fill.error is None and not fill.is_dropped:
                 fill.extent.verify(fill.slot.memory)
-        except SpanwiseError as error:
+        except Exception as error:
             fill.error = error
         with self._progress:
             fill.is_settled = True
