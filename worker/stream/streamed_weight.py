@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cluster.model_spec import Precision
-from worker.store.manifest import TensorPlace, WeightPlace
+from worker.store.manifest import WeightPlace
+from worker.store.tensors import view_bytes
 from worker.stored_weight import Piece
 from worker.stream.streamed_file import Extent
-
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 
 
 class ExtentSource(Protocol):
@@ -44,13 +41,8 @@ class StreamedWeight:
         """See StoredWeight."""
         for place, extent in self._pieces:
             memory = self._source.take(extent)
-            tensors = {role: _view(memory, tensor, extent.offset) for role, tensor in place.tensors.items()}
+            tensors = {
+                role: view_bytes(memory, tensor.offset - extent.offset, tensor)
+                for role, tensor in place.tensors.items()
+            }
             yield Piece(place.first_row, place.num_rows, tensors)
-
-
-def _view(memory: Tensor, place: TensorPlace, offset: int) -> Tensor:
-    """Return a tensor of a file as a view of `memory`, which holds the file from `offset` on."""
-    dtype = _DTYPES[place.dtype]
-    start = place.offset - offset
-    assert math.prod(place.shape) * dtype.itemsize == place.num_bytes
-    return memory[start : start + place.num_bytes].view(dtype).view(place.shape)
