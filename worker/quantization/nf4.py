@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from cluster.model_spec import Precision
+from worker.store.layout import NF4_BLOCK, NF4_NESTED_BLOCK
 from worker.stored_weight import MemoryWeight, Piece, StoredWeight
 
-BLOCK = 64  # parameters that share an absmax
-NESTED_BLOCK = 256  # absmaxes that share one of their own
+BLOCK = NF4_BLOCK
+NESTED_BLOCK = NF4_NESTED_BLOCK
 TILE_ELEMENTS = 1 << 18  # encoded at a time: temporaries of a few MiB
 
 VALUES = (
