@@ -30,10 +30,6 @@ class PartFile(PartBytes):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def read_small(self) -> dict[str, Tensor]:
-        """Return the part's small tensors by name; those of weights come with them."""
-        return {name: self.read_tensor(name, place) for name, place in self.manifest.small.items()}
-
     def read_weight_small(self, place: WeightPlace) -> dict[str, Tensor]:
         """Return a weight's small tensors by role."""
         return {role: self.read_tensor(label(place.name, role), found) for role, found in place.small.items()}

@@ -17,6 +17,7 @@ from worker.store.folder import BlockStore, describe_source
 from worker.store.key import store_key
 from worker.store.layout import WeightSpec, plan_part
 from worker.store.manifest import PartManifest
+from worker.store.reader import PartFile
 from worker.store.tensors import spec_of
 from worker.store.writer import write_part
 from worker.stored_weight import MemoryWeight
@@ -57,6 +58,10 @@ def write(store: BlockStore, part: str = PART, precision: Precision = Precision.
 def names(store: BlockStore) -> set[str]:
     """Return the files of a store's folder, locks aside."""
     return {path.name for path in store.folder.iterdir() if path.suffix != ".lock"}
+
+
+def read_small(part: PartFile) -> dict[str, Tensor]:
+    return {name: part.read_tensor(name, place) for name, place in part.manifest.small.items()}
 
 
 def flip_bit(path: Path, offset: int) -> None:

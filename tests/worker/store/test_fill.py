@@ -16,7 +16,7 @@ from cluster.load_order import StoreOptions
 from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 from tests.checkpoints import make_checkpoint, write_weights
 from tests.worker.store.converted import fill, parts_of, start_process, stored_order
-from tests.worker.store.parts import FailingDisk
+from tests.worker.store.parts import FailingDisk, read_small
 from worker.architectures import open_architecture
 from worker.checkpoint_weights import CheckpointWeights, needed_names
 from worker.quantization.encode import encode
@@ -60,7 +60,7 @@ def test_stored_parts_are_the_checkpoints_tensors_encoded(
                 original = weights.tensor(f"{part.key}{layer.name}.weight", shape)
                 expected = encode(layer.name, original.t() if layer.is_transposed else original, kind)
                 assert_equal_weights(found, expected)
-            for name, small in file.read_small().items():
+            for name, small in read_small(file).items():
                 original = weights.tensor(part.key + name, tuple(small.shape))
                 rounded = original if precision.is_quantized else original.bfloat16()
                 assert torch.equal(small, rounded)

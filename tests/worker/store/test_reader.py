@@ -8,7 +8,7 @@ import torch
 
 from cluster.errors import ConfigurationError, StorageError
 from cluster.model_spec import Precision
-from tests.worker.store.parts import PART, flip_bit, make_small, make_store, make_weights, write
+from tests.worker.store.parts import PART, flip_bit, make_small, make_store, make_weights, read_small, write
 from worker.store.manifest import to_json
 from worker.store.part_bytes import PartBytes, tensors_of
 from worker.store.reader import PartFile
@@ -17,7 +17,7 @@ from worker.stored_weight import hold
 
 
 def read_everything(part: PartFile) -> None:
-    part.read_small()
+    read_small(part)
     for place in part.manifest.weights:
         hold(part.open_weight(place))
 
@@ -27,7 +27,7 @@ def test_what_is_read_is_what_was_written(precision: Precision, tmp_path: Path) 
     store = make_store(tmp_path, precision)
     write(store, precision=precision)
     with PartFile(store, PART) as part:
-        small = part.read_small()
+        small = read_small(part)
         assert all(torch.equal(small[name], tensor) for name, tensor in make_small().items())
         for place, weight in zip(part.manifest.weights, make_weights(precision), strict=True):
             read = hold(part.open_weight(place))
