@@ -23,6 +23,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+OLD_SCHEMES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files that told of quantized weights before config.json did, and the scheme of each."""
+
 CONVERTED = "model.json"
 """The file that says of a folder that it holds a converted checkpoint, as `worker.store.folder` describes."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import get_token
 
@@ -18,6 +19,7 @@ from cluster.hub.layout import (
     CONFIG,
     CONVERTED,
     GENERATION_CONFIG,
+    OLD_SCHEMES,
     CheckpointFiles,
     fetch_tokenizer,
     find_parts,
@@ -90,7 +92,7 @@ def _open(name: str, revision: str, access: HubAccess) -> CheckpointFiles:
 def _describe(name: str, files: CheckpointFiles) -> ModelSpec:
     if CONFIG not in files.by_name:
         raise ConfigurationError(f"{files.label} has no {CONFIG}: it is not a checkpoint in transformers' format")
-    config = read_json(files, CONFIG)
+    config = _read_config(files)
     architecture = check_supported(config, files.label)
     generation_config = read_json(files, GENERATION_CONFIG) if GENERATION_CONFIG in files.by_name else {}
     weight_files, weight_map, stored_precision = _find_weights(files)
@@ -110,6 +112,13 @@ def _describe(name: str, files: CheckpointFiles) -> ModelSpec:
         generation_config=generation_config,
         stored_precision=stored_precision or quantized_precision(config, files.label),
     )
+
+
+def _read_config(files: CheckpointFiles) -> Mapping[str, Any]:
+    """Return config.json, with the scheme of weights that were quantized before it told of that."""
+    methods = [method for name, method in OLD_SCHEMES.items() if name in files.by_name]
+    old_scheme = {"quantization_config": {"quant_method": methods[0]}} if methods else {}
+    return old_scheme | read_json(files, CONFIG)
 
 
 def _find_weights(

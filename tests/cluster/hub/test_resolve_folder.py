@@ -104,6 +104,8 @@ def test_digest_sees_a_change_within_a_large_file(tmp_path: Path) -> None:
         (lambda folder: change_config(folder, model_type=None), "architecture None"),
         (lambda folder: change_config(folder, model_type=["bloom"]), "Spanwise serves"),
         (lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}), r"quantized \(gptq\)"),
+        (lambda folder: (folder / "quantize_config.json").write_text("{}"), r"quantized \(gptq\).* --precision int8"),
+        (lambda folder: (folder / "quant_config.json").write_text("{}"), r"quantized \(awq\)"),
         (lambda folder: change_config(folder, n_layer=None), "no usable num_hidden_layers"),
         (lambda folder: change_config(folder, vocab_size="many"), "no usable vocab_size"),
         (lambda folder: change_config(folder, n_layer=0), "no usable num_hidden_layers"),
