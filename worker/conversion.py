@@ -7,7 +7,8 @@ the parts.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from cluster.load_order import LoadOrder, LoadProgress, StoreOptions
 from cluster.model_spec import ModelSpec, Precision
 from cluster.span import Span
 from worker.architectures import open_architecture
+from worker.architectures.base import Part
 from worker.store.fill import StoreFiller
-from worker.store.folder import BlockStore, describe_source
+from worker.store.folder import BlockStore, StoreDescription, describe_source
 from worker.store.key import default_store_folder, store_key
 from worker.weights import CheckpointSource
 
@@ -49,10 +51,25 @@ def convert(asked: Conversion, num_at_once: int, on_progress: Callable[[LoadProg
     is_last = asked.blocks.end == architecture.num_blocks
     parts = architecture.parts(asked.blocks, is_first=asked.blocks.start == 0, is_last=is_last)
     filler = StoreFiller(order, architecture, store, lambda: CheckpointSource(order), on_progress)
-    filler.fill(parts, num_at_once)
-    if asked.output is not None:
-        _copy_rest(asked.spec, asked.output)
+    with closing(store.hold_folder()):
+        filler.fill(parts, num_at_once)
+        store.describe(_description(asked))
+        _require_parts(store, parts)
+        if asked.output is not None:
+            _copy_rest(asked.spec, asked.output)
     return store
+
+
+def _description(asked: Conversion) -> StoreDescription:
+    return describe_source(asked.spec.source, asked.precision, asked.spec.num_blocks)
+
+
+def _require_parts(store: BlockStore, parts: Sequence[Part]) -> None:
+    missing = [part.name for part in parts if not store.has(part.name)]
+    if missing:
+        raise ConfigurationError(
+            f"{', '.join(missing)} of {store.folder} vanished while the rest was converted: convert again"
+        )
 
 
 def _check(asked: Conversion) -> None:
@@ -78,7 +95,7 @@ def _store(asked: Conversion) -> BlockStore:
         return BlockStore(root, store_key(spec.source, precision))
     output = asked.output.absolute()
     store = BlockStore(output.parent, output.name)
-    described = describe_source(spec.source, precision, spec.num_blocks)
+    described = _description(asked)
     is_empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     if not is_empty and store.description() != described:
         raise ConfigurationError(

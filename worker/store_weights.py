@@ -65,6 +65,7 @@ class StoreWeights:
         """`open_source` is called only when something is missing that no neighbour has; `copier` as in OpenSpan."""
         self._on_progress, self._copier = on_progress, copier
         self.store = store_of(order)
+        self._hold = self.store.hold_folder()
         self._filler: Filler = (
             CopiedStore(order, architecture.num_blocks, self.store, open_source, self._report, neighbours)
             if is_converted(order)
@@ -81,19 +82,21 @@ class StoreWeights:
         self._is_loading = False
         for file in self._open:
             file.close()
+        self._hold.close()
         if any(error) and self.streams is not None:
             self.streams.close()
 
     def stream(self, order: LoadOrder, parts: Sequence[Part]) -> None:
         """Let what the order says come from disk while the stage computes. `streams` outlives this."""
-        shifting = [part for part in parts if part.name != EMBEDDING]
-        for part in shifting:
-            self._make_sure_it_opens(part)
-        names = [part.name for part in shifting]
+        names = [part.name for part in parts if part.name != EMBEDDING]
         self.streams = OpenSpan(order, names, lambda name: PartFile(self.store, name), copier=self._copier)
 
     def fill(self, parts: Sequence[Part]) -> None:
-        """Make what is missing. Raises ConfigurationError, and what downloading does."""
+        """Make what is missing, or no longer whole by its size. Raises SpanwiseError, and what downloading does."""
+        written = self.store.parts()
+        for part in parts:
+            if part.name in written:
+                self._make_sure_it_opens(part)
         self._filler.fill(parts)
 
     def part(self, part: Part) -> StoredPart:

@@ -206,13 +206,13 @@ def _progress() -> Progress:
 
 
 def _tell_damage(entry: StoreEntry, damages: Sequence[Damage], *, is_removed: bool) -> None:
-    from worker.store.inventory import remove_damaged
+    from worker.store.inventory import remove_parts
 
     if not damages:
         count = len(entry.parts)
         typer.echo(f"{entry.key}: {count} part{' is' if count == 1 else 's are'} whole")
         return
-    busy = remove_damaged(entry.store, [damage.part for damage in damages]) if is_removed else []
+    busy = remove_parts(entry.store, [damage.part for damage in damages]) if is_removed else []
     for damage in damages:
         what = "removed" if is_removed and damage.part not in busy else "damaged"
         typer.echo(f"{entry.key}: {what}: {damage.message}")
@@ -237,6 +237,6 @@ def _remove(entries: Sequence[StoreEntry], remove: Callable[[StoreEntry], Pruned
     for entry in entries:
         pruned = remove(entry)
         removed += pruned.num_bytes
-        for part in pruned.in_use:
-            typer.echo(f"{entry.key}: {part} is in use by another process and stays")
+        for name in pruned.in_use:
+            typer.echo(f"{name} is in use by another process and stays")
     typer.echo(f"removed {size(removed)}")

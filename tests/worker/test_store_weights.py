@@ -26,6 +26,7 @@ from worker.loading import TorchSpanLoader
 from worker.quantization import nf4
 from worker.quantization.encode import encode
 from worker.store.copied import store_of
+from worker.store.inventory import Pruned, list_entries, prune
 from worker.stored_weight import MemoryWeight
 
 PROMPT = [7, 200, 31, 8, 8, 90]
@@ -185,3 +186,15 @@ def test_parts_of_a_converted_folder_elsewhere_are_brought_once(tmp_path: Path) 
     reader.ranges.clear()
     loader.load(order, lambda _: None)
     assert {name for name, _, _ in reader.ranges} == {"block-0000.json", "block-0000.weights"}
+
+
+def test_a_folder_is_not_pruned_while_it_is_loaded_nor_while_its_embedding_is_read(tmp_path: Path) -> None:
+    order = stored_order(make_checkpoint(tmp_path / "model", "llama"), tmp_path / "store")
+    fill(order)
+    (entry,) = list_entries(tmp_path / "store")
+    kept = Pruned(0, (entry.key,))
+    pruned: list[Pruned] = []
+    loaded = TorchSpanLoader(torch.device("cpu")).load(order, lambda _: pruned.append(prune(entry)))
+    assert set(pruned) == {kept}
+    assert prune(entry) == kept
+    loaded.executor.close()

@@ -7,7 +7,8 @@
     ROOT/KEY/*.part               being written, or left by a process that was killed
 
 A lock is the system's (flock), so it ends with its process however that ends. A file system without such locks is
-refused. Covers names, locks and manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
+refused. Who converts or loads holds the folder besides, together with others, and who prunes holds it alone. Covers
+names, locks and manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
 """
 
 from __future__ import annotations
@@ -41,6 +42,32 @@ class StoreDescription:
     precision: str
     num_blocks: int
     version: int = FORMAT_VERSION
+
+
+class FolderHold:
+    """A folder that is open and locked, until it is closed or nobody has this any more."""
+
+    _file = -1
+
+    def __init__(self, folder: Path, *, is_alone: bool) -> None:
+        """Wait until nobody has it alone; or, if `is_alone`, raise BlockingIOError while anybody else has it."""
+        self._file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if is_alone:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            hold_shared(self._file)
+
+    def is_of(self, folder: Path) -> bool:
+        """Tell whether the folder is still where it was."""
+        return folder.exists() and os.path.samestat(os.fstat(self._file), folder.stat())
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+    __del__ = close
 
 
 class BlockStore:
@@ -119,14 +146,26 @@ class BlockStore:
     def try_lock(self, part: str) -> int | None:
         """Return a descriptor that holds the part's lock until it is closed; None while another one does."""
         path = self.folder / (part + LOCK)
-        try:
+        with _lock_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             return _lock_file(path)
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot lock {path} ({error.strerror}): make the folder writable, or choose another one with "
-                "--store-dir, on a file system that has locks"
-            ) from error
+
+    def hold_folder(self) -> FolderHold:
+        """Keep `cluster store prune` from the folder, which is made where it is missing, until the hold is closed."""
+        with _lock_errors(self.folder):
+            while True:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held = FolderHold(self.folder, is_alone=False)
+                if held.is_of(self.folder):
+                    return held
+
+    def hold_folder_alone(self) -> FolderHold | None:
+        """Keep everybody else from holding the folder; None while another one holds it."""
+        with _lock_errors(self.folder):
+            try:
+                return FolderHold(self.folder, is_alone=True)
+            except BlockingIOError:
+                return None
 
     def describe(self, description: StoreDescription) -> None:
         """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
@@ -168,7 +207,7 @@ def open_store(root: Path, source: ModelSource, precision: Precision) -> BlockSt
     (`cluster convert` makes a BlockStore of its own).
     """
     store = BlockStore(root, store_key(source, precision))
-    if not store.folder.exists():
+    if not store.parts():
         _refuse_other_version(root, source, precision)
     store.note_use()
     return store
@@ -207,6 +246,17 @@ def hold_shared(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_SH)
     except OSError:
         return  # a file system without locks: reading needs none
+
+
+@contextmanager
+def _lock_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot lock {path} ({error.strerror}): make the folder writable, or choose another one with "
+            "--store-dir, on a file system that has locks"
+        ) from error
 
 
 def _lock_file(path: Path) -> int | None:

@@ -1,6 +1,7 @@
 """All converted checkpoints of a block store: what is there, how large, and removing it.
 
-Removes nothing that another process converts or reads: whatever is locked stays, and is told. Covers folders of
+Removes nothing of a folder that a process converts to, loads from or reads, and tells it. A model that is in memory
+already needs its folder no more, but for the embedding, which stays on the disk. Covers folders of
 `worker.store.folder`; anything else below the store's root is left alone.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +55,10 @@ class StoreEntry:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What was removed of a folder, and which parts stayed since they are in use."""
+    """What was removed of a folder, and what stayed since it is in use: KEY for all of it, or KEY/PART."""
 
     num_bytes: int
-    in_use: tuple[str, ...]
+    in_use: tuple[str, ...] = ()
 
 
 def list_entries(root: Path) -> list[StoreEntry]:
@@ -79,14 +81,20 @@ def find_entries(root: Path, name: str) -> list[StoreEntry]:
 
 
 def prune(entry: StoreEntry) -> Pruned:
-    """Remove a folder, but for parts that are in use. Raises ConfigurationError."""
+    """Remove a folder, or nothing of it where it is in use. Raises ConfigurationError."""
     store = entry.store
-    before = used_bytes(store.folder)
-    with disk_errors(entry.key, store.root):
-        in_use = [part for part in _stems(store) if not _remove_part(store, part)]
-        if not in_use:
-            _remove_folder(store.folder)
-    return Pruned(before - used_bytes(store.folder), tuple(in_use))
+    hold = store.hold_folder_alone()
+    if hold is None:
+        return Pruned(0, (entry.key,))
+    with closing(hold), disk_errors(entry.key, store.root):
+        before, stems = used_bytes(store.folder), _stems(store)
+        if any(_is_in_use(store, part) for part in stems):
+            return Pruned(0, (entry.key,))
+        for part in sorted(stems, key=lambda stem: stem == _DESCRIPTION_STEM):  # which tells what the others are
+            store.remove(part)
+            (store.folder / (part + LOCK)).unlink(missing_ok=True)
+        _remove_folder(store.folder)
+    return Pruned(before - used_bytes(store.folder))
 
 
 def prune_leftovers(entry: StoreEntry) -> Pruned:
@@ -95,11 +103,11 @@ def prune_leftovers(entry: StoreEntry) -> Pruned:
     before = used_bytes(store.folder)
     with disk_errors(entry.key, store.root):
         unfinished = [part for part in _stems(store) if store.leftovers(part)]
-        in_use = [part for part in unfinished if not _remove_leftovers(store, part)]
-    return Pruned(before - used_bytes(store.folder), tuple(in_use))
+        in_use = tuple(f"{entry.key}/{part}" for part in unfinished if not _remove_leftovers(store, part))
+    return Pruned(before - used_bytes(store.folder), in_use)
 
 
-def remove_damaged(store: BlockStore, parts: Sequence[str]) -> list[str]:
+def remove_parts(store: BlockStore, parts: Sequence[str]) -> list[str]:
     """Remove parts, so that the next use makes them anew; return those that another process is converting just now."""
     busy = []
     for part in parts:
@@ -157,18 +165,12 @@ def _stems(store: BlockStore) -> list[str]:
     return sorted(stem for stem in stems if is_part(stem) or stem == _DESCRIPTION_STEM)
 
 
-def _remove_part(store: BlockStore, part: str) -> bool:
+def _is_in_use(store: BlockStore, part: str) -> bool:
     lock = store.try_lock(part)
     if lock is None:
-        return False
-    try:
-        if _is_read(store.path(part)):
-            return False
-        store.remove(part)
-        (store.folder / (part + LOCK)).unlink()  # still held: whoever waits for it finds a new one
-    finally:
-        os.close(lock)
-    return True
+        return True
+    os.close(lock)
+    return _is_read(store.path(part))
 
 
 def _remove_leftovers(store: BlockStore, part: str) -> bool:

@@ -197,7 +197,7 @@ def test_what_a_killed_conversion_left_can_be_pruned_but_not_what_a_running_one_
     with half_written(tmp_path) as process:
         (entry,) = list_entries(tmp_path)
         assert entry.leftover_bytes > 0
-        assert prune_leftovers(entry).in_use == (PART,)
+        assert prune_leftovers(entry).in_use == (f"{store.key}/{PART}",)
         assert names(store) == {"block-0000.weights.part"}
         process.kill()
         process.wait()
@@ -227,3 +227,10 @@ def test_a_part_that_lost_bytes_is_not_there(file: str, size: int | None, tmp_pa
     else:
         os.truncate(store.folder / file, size)
     assert not store.has(PART)
+
+
+def test_what_another_version_made_is_refused_beside_an_empty_folder_too(tmp_path: Path) -> None:
+    BlockStore(tmp_path, "old").describe(StoreDescription("owner/model", SOURCE.commit, "int8", 2, version=0))
+    make_store(tmp_path).hold_folder().close()
+    with pytest.raises(ConfigurationError, match="another version"):
+        open_store(tmp_path, SOURCE, Precision.INT8)

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from cluster.errors import NotFoundError
+from cluster.errors import ConfigurationError, NotFoundError
 from cluster.model_spec import Precision
 from tests.worker.store.parts import PART, make_store, names, write
 from worker.store.folder import BlockStore, StoreDescription
-from worker.store.inventory import find_entries, list_entries, prune, prune_leftovers, remove_damaged
+from worker.store.inventory import Pruned, find_entries, list_entries, prune, prune_leftovers, remove_parts
 from worker.store.reader import PartFile
 from worker.stream.streamed_file import StreamedFile
 
@@ -88,16 +92,62 @@ def test_pruning_removes_the_folder_and_tells_its_bytes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_part_that_is_read_or_converted_stays(tmp_path: Path) -> None:
+def test_a_folder_stays_whole_while_one_part_of_it_is_read_or_converted(tmp_path: Path) -> None:
     store = make_store(tmp_path)
     for part in (PART, "block-0001", "head"):
         write(store, part)
+    before = names(store)
     (entry,) = list_entries(tmp_path)
-    with PartFile(store, PART), store.lock("head"):
-        assert prune(entry).in_use == (PART, "head")
-        assert store.parts() == [PART, "head"]
+    for use in (PartFile(store, PART), store.lock("head"), closing(store.hold_folder())):
+        with use:
+            assert prune(entry) == Pruned(0, (store.key,))
+        assert names(store) == before
     assert prune(entry).in_use == ()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_held_by_nobody_any_more_is_pruned(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store)
+    store.hold_folder()
+    (entry,) = list_entries(tmp_path)
+    assert prune(entry).in_use == ()
+
+
+def test_a_pruning_that_the_disk_ends_leaves_what_tells_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path)
+    for part in (PART, "head"):
+        write(store, part)
+    (entry,) = list_entries(tmp_path)
+
+    original = entry.store.remove
+
+    def fail(part: str) -> None:
+        if part == "head":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(part)
+
+    monkeypatch.setattr(entry.store, "remove", fail)
+    with pytest.raises(ConfigurationError, match="Input/output error"):
+        prune(entry)
+    assert store.parts() == ["head"]
+    assert store.description() is not None
+
+
+def test_who_holds_a_folder_that_is_being_pruned_waits_and_has_a_new_one(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    write(store)
+    pruning = store.hold_folder_alone()
+    assert pruning is not None
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(store.hold_folder)
+        shutil.rmtree(store.folder)
+        pruning.close()
+        with closing(held.result()):
+            assert store.folder.is_dir()
+            assert store.hold_folder_alone() is None
 
 
 def test_pruning_leftovers_keeps_whole_parts(tmp_path: Path) -> None:
@@ -126,7 +176,7 @@ def test_damaged_parts_are_removed_unless_they_are_being_converted(tmp_path: Pat
     for part in (PART, "head"):
         write(store, part)
     with store.lock("head"):
-        assert remove_damaged(store, [PART, "head"]) == ["head"]
+        assert remove_parts(store, [PART, "head"]) == ["head"]
     assert store.parts() == ["head"]
 
 
@@ -136,6 +186,6 @@ def test_a_part_that_is_streamed_stays(tmp_path: Path) -> None:
     streamed = StreamedFile(PART, store.path(PART), is_direct=False)
     streamed.read(memoryview(bytearray(manifest.small_bytes)), 0)
     (entry,) = list_entries(tmp_path)
-    assert prune(entry).in_use == (PART,)
+    assert prune(entry).in_use == (store.key,)
     streamed.close()
     assert prune(entry).in_use == ()
