@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,19 @@ LAYER = "model.layers.0.self_attn.q_proj."
 STATE = LAYER + "weight.quant_state.bitsandbytes__nf4"
 
 
+FIELDS = {"quant_type": "nf4", "blocksize": 64, "shape": [64, 64], "nested_blocksize": 256, "nested_offset": 0.1}
+
+
+def state_of(fields: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+
+
 def state_with(**changes: Any) -> Tensor:
-    fields = {"quant_type": "nf4", "blocksize": 64, "shape": [64, 64], "nested_blocksize": 256, "nested_offset": 0.1}
-    return torch.tensor(list(json.dumps(fields | changes).encode()), dtype=torch.uint8)
+    return state_of(FIELDS | changes)
+
+
+def state_without(name: str) -> Tensor:
+    return state_of({field: value for field, value in FIELDS.items() if field != name})
 
 
 @pytest.mark.parametrize(
@@ -111,6 +122,8 @@ def state_with(**changes: Any) -> Tensor:
         ("nf4", LAYER + "weight.nested_quant_map", torch.zeros(256), "codes of its own .*nested_quant_map"),
         ("nf4", LAYER + "weight", torch.zeros(7, dtype=torch.uint8), "has 7 bytes of codes"),
         ("nf4", STATE, torch.tensor([123, 7], dtype=torch.uint8), "quant_state that cannot be read"),
+        ("nf4", STATE, state_with(nested_offset=None), "quant_state that cannot be read .*NoneType"),
+        ("nf4", STATE, state_without("nested_offset"), "quant_state that cannot be read .*nested_offset"),
         ("nf4", STATE, state_with(blocksize=128), "nf4 in blocks of 128 and 256"),
         ("nf4", STATE, state_with(shape=[32, 128]), r"with shape \[32, 128\]"),
         ("int8", LAYER + "SCB", torch.zeros(5), "SCB holds 5 numbers"),

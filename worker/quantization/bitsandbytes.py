@@ -125,7 +125,7 @@ class _Reader:
 def _read_nf4(reader: _Reader, layer: str, shape: tuple[int, int]) -> MemoryWeight:
     num_parameters = shape[0] * shape[1]
     num_blocks = -(-num_parameters // nf4.BLOCK)
-    state = _read_state(reader, shape)
+    nested_offset = _read_state(reader, shape)
     _check_map(reader, ".quant_map", torch.tensor(nf4.VALUES))
     stored = reader.find(reader.name)
     codes = stored.reshape(-1).view(torch.uint8)  # other quant_storage dtypes are views of these bytes
@@ -138,18 +138,21 @@ def _read_nf4(reader: _Reader, layer: str, shape: tuple[int, int]) -> MemoryWeig
     num_nested = -(-num_blocks // nf4.NESTED_BLOCK)
     small = {
         "nested_absmax": reader.get(".nested_absmax", torch.float32, num_nested),
-        "nested_offset": torch.tensor(float(state["nested_offset"])),
+        "nested_offset": torch.tensor(nested_offset),
     }
     tensors = {"weight": codes, "absmax": reader.get(".absmax", torch.uint8, num_blocks)}
     return MemoryWeight(layer, Precision.NF4, shape, small, (Piece(0, shape[0], tensors),))
 
 
-def _read_state(reader: _Reader, shape: tuple[int, int]) -> Mapping[str, Any]:
+def _read_state(reader: _Reader, shape: tuple[int, int]) -> float:
+    """Check the state; return what was taken off absmaxes before they were quantized."""
     packed = reader.find(reader.name + _STATE)
     try:
         state = json.loads(bytes(packed.tolist()))
         described = (state["quant_type"], state["blocksize"], state.get("nested_blocksize", nf4.NESTED_BLOCK))
         stored_shape = tuple(state["shape"])
+        is_twice = is_quantized_twice(reader.checkpoint.names(), reader.name)
+        nested_offset = float(state["nested_offset"]) if is_twice else 0.0
     except (ValueError, TypeError, KeyError) as error:
         raise reader.refuse(f"has a quant_state that cannot be read ({error!r})") from error
     if described != ("nf4", nf4.BLOCK, nf4.NESTED_BLOCK):
@@ -157,7 +160,7 @@ def _read_state(reader: _Reader, shape: tuple[int, int]) -> Mapping[str, Any]:
         raise reader.refuse(f"is quantized as {kind} in blocks of {block} and {nested}, not nf4 in 64 and 256")
     if stored_shape != shape:
         raise reader.refuse(f"was quantized with shape {list(stored_shape)}, but config.json implies {list(shape)}")
-    return {"nested_offset": 0.0, **state}
+    return nested_offset
 
 
 def _check_map(reader: _Reader, suffix: str, expected: Tensor) -> None:
