@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from cluster.errors import ConfigurationError
-from cluster.hub.download import HubAccess, cached_file, delete_cached_file
+from cluster.hub.download import HubAccess, cached_file, delete_cached_file, snapshot_folder
 from cluster.hub.folder import folder_digest
 from cluster.load_order import LoadOrder, LoadProgress
 from cluster.model_spec import CheckpointFile, FolderSource, HubSource
@@ -136,11 +136,11 @@ class CheckpointSource:
         if self.is_downloaded:
             discard_file(self._locks, name, lambda: self._delete(name))
 
-    def missing_bytes(self, files: Iterable[CheckpointFile]) -> int:
-        """Return how much of some files was not downloaded yet; of a folder elsewhere, at most."""
+    def missing(self, files: Iterable[CheckpointFile]) -> dict[Path, int]:
+        """Return where those of some files will be that are not downloaded yet, and their bytes, at most."""
         if not self.is_downloaded:
-            return 0
-        return sum(file.size_bytes for file in files if not self._is_present(file.name))
+            return {}
+        return {self._path(file.name): file.size_bytes for file in files if not self._is_present(file.name)}
 
     def _bring(
         self,
@@ -167,18 +167,24 @@ class CheckpointSource:
         name = source.repo_id.replace("/", "--") if isinstance(source, HubSource) else "locks"
         return self.folder / ".spanwise" / name
 
+    def _path(self, name: str) -> Path:
+        source = self._order.source
+        if isinstance(source, HubSource):
+            return snapshot_folder(source.repo_id, source.commit, self._access) / name
+        return self.folder / name
+
     def _is_present(self, name: str) -> bool:
         source = self._order.source
         if isinstance(source, HubSource):
             return cached_file(source.repo_id, name, source.commit, self._access) is not None
-        return (self.folder / name).exists()
+        return self._path(name).exists()
 
     def _delete(self, name: str) -> None:
         source = self._order.source
         if isinstance(source, HubSource):
             delete_cached_file(source.repo_id, name, source.commit, self._access)
         else:
-            delete_partial_file(self.folder / name)
+            delete_partial_file(self._path(name))
 
 
 def fetch_checkpoint(

@@ -5,8 +5,9 @@ Covers folders that `cluster convert --output` made. Nothing in a user's folder 
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from worker.sharing.holders import Neighbours
 from worker.sharing.parts import borrow_part
 from worker.store.folder import BlockStore, describe_source, open_store
 from worker.store.key import default_store_folder, store_key
-from worker.store.room import require_all_room
+from worker.store.room import promised_room
 from worker.store.verify import verify_part
 from worker.store.writer import copy_part
 from worker.weights import CheckpointSource, is_here
@@ -85,11 +86,11 @@ class CopiedStore:
         if not missing:
             return
         files = {part: self._files_of(part) for part in missing}
-        self._require_room(files)
-        self._store.describe(describe_source(self._order.source, self._order.precision, self._num_blocks))
-        files = {part: found for part, found in files.items() if not self._borrow(part, found)}
-        if files:
-            self._bring_all(files)
+        with self._room(files):
+            self._store.describe(describe_source(self._order.source, self._order.precision, self._num_blocks))
+            files = {part: found for part, found in files.items() if not self._borrow(part, found)}
+            if files:
+                self._bring_all(files)
 
     def rebuild(self, part: Part, error: StorageError) -> None:
         """See Filler."""
@@ -125,11 +126,11 @@ class CopiedStore:
 
     def _bring_all(self, files: Mapping[str, Sequence[CheckpointFile]]) -> None:
         source = self._open_source()
-        self._require_room(files, source)
-        for part, found in files.items():
-            with self._store.lock(part):
-                if not self._store.has(part):
-                    self._bring(part, found, source)
+        with self._room(files, source):
+            for part, found in files.items():
+                with self._store.lock(part):
+                    if not self._store.has(part):
+                        self._bring(part, found, source)
 
     def _bring(self, part: str, files: Sequence[CheckpointFile], source: CheckpointSource) -> None:
         with closing(source.hold([file.name for file in files])):
@@ -153,20 +154,15 @@ class CopiedStore:
 
         return count
 
-    def _require_room(
+    def _room(
         self, files: Mapping[str, Sequence[CheckpointFile]], source: CheckpointSource | None = None
-    ) -> None:
+    ) -> AbstractContextManager[None]:
         """Count what `source` must download besides; of what is discarded, one part is there at a time."""
-        missing = [source.missing_bytes(found) for found in files.values()] if source else [0]
-        download = max(missing) if self._order.store.is_source_discarded else sum(missing)
-        require_all_room(
-            self._store.root,
-            sum(map(_num_bytes, files.values())),
-            self._order.store,
-            self._measure,
-            download_folder=source.folder if source and download else None,
-            download_bytes=download,
-        )
+        missing = [source.missing(found) for found in files.values()] if source else []
+        if self._order.store.is_source_discarded:
+            missing = sorted(missing, key=lambda found: sum(found.values()))[-1:]
+        sizes = {self._store.path(part): _num_bytes(found) for part, found in files.items()}
+        return promised_room(self._store.root, sizes, self._order.store, self._measure, dict(ChainMap(*missing)))
 
     def _refuse_damaged_download(self, part: str) -> None:
         """Raise StorageError for a part that is damaged where it was copied from as well."""

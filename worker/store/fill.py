@@ -13,7 +13,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from cluster.errors import StorageError
@@ -31,7 +31,7 @@ from worker.store.copied import remove_damaged
 from worker.store.fill_meter import FillMeter
 from worker.store.folder import BlockStore, describe_source
 from worker.store.key import EMBEDDING
-from worker.store.room import require_all_room
+from worker.store.room import promised_room
 from worker.weights import CheckpointSource, needed_files
 
 logger = logging.getLogger(__name__)
@@ -74,13 +74,13 @@ class StoreFiller:
             self._discard_source(parts)
 
     def _fill_missing(self, missing: Sequence[Part], num_at_once: int) -> None:
-        sizes = {part.name: self._estimate(part) for part in missing}
-        self._require_room(sum(sizes.values()))
-        self._store.describe(describe_source(self._order.source, self._order.precision, self._architecture.num_blocks))
-        meter = FillMeter(sizes, self._on_progress)
-        missing = [part for part in missing if not self._borrow(part.name, meter)]
-        if missing:
-            self._make_all(missing, meter, num_at_once)
+        described = describe_source(self._order.source, self._order.precision, self._architecture.num_blocks)
+        with self._room(missing):
+            self._store.describe(described)
+            meter = FillMeter({part.name: self._estimate(part) for part in missing}, self._on_progress)
+            missing = [part for part in missing if not self._borrow(part.name, meter)]
+            if missing:
+                self._make_all(missing, meter, num_at_once)
 
     def _tell_edited_source(self, present: Sequence[Part]) -> None:
         """Warn where a folder's file is newer than a part: few edited bytes do not make it another checkpoint."""
@@ -122,8 +122,8 @@ class StoreFiller:
         needs = {part.name: self._files_of(part) for part in missing}
         is_discarding = self._order.store.is_source_discarded
         at_once = _held_at_once(list(needs.values()), num_at_once) if is_discarding else [_union(needs.values())]
-        self._require_room(sum(map(self._estimate, missing)), source, max(map(source.missing_bytes, at_once)))
-        with _Downloads(source, needs, is_discarding=is_discarding) as downloads:
+        wanted = max(map(source.missing, at_once), key=lambda files: sum(files.values()))
+        with self._room(missing, wanted), _Downloads(source, needs, is_discarding=is_discarding) as downloads:
             self._run(missing, downloads, meter, num_at_once)
 
     def rebuild(self, part: Part, error: StorageError) -> None:  # noqa: ARG002 - what Filler says
@@ -177,15 +177,11 @@ class StoreFiller:
         count = count_weights(part.module, part.use.unquantized)
         return count.resident_bytes(self._order.precision) + _EMBEDDING_ITEM_BYTES * table
 
-    def _require_room(self, num_bytes: int, source: CheckpointSource | None = None, download: int = 0) -> None:
-        require_all_room(
-            self._store.root,
-            num_bytes,
-            self._order.store,
-            self._measure,
-            download_folder=source.folder if source and download else None,
-            download_bytes=download,
-        )
+    def _room(
+        self, missing: Sequence[Part], downloads: Mapping[Path, int] | None = None
+    ) -> AbstractContextManager[None]:
+        sizes = {self._store.path(part.name): self._estimate(part) for part in missing}
+        return promised_room(self._store.root, sizes, self._order.store, self._measure, downloads)
 
 
 class _Downloads:

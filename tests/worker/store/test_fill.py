@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.errors import ConfigurationError
-from cluster.load_order import StoreOptions
+from cluster.load_order import LoadProgress, StoreOptions
 from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 from tests.checkpoints import make_checkpoint, write_weights
 from tests.worker.store.converted import fill, parts_of, start_process, stored_order
@@ -22,6 +23,7 @@ from worker.checkpoint_weights import CheckpointWeights, needed_names
 from worker.quantization.encode import encode
 from worker.store.convert import TABLE, stored_layers
 from worker.store.copied import store_of
+from worker.store.fill import StoreFiller
 from worker.store.folder import BlockStore
 from worker.store.key import HEAD, all_parts
 from worker.store.reader import PartFile
@@ -184,6 +186,23 @@ def test_room_for_all_missing_parts_is_asked_first(folder: Path, tmp_path: Path)
     with pytest.raises(ConfigurationError, match="quota"):
         fill(order)
     assert store_of(order).parts() == []
+
+
+def test_two_workers_of_a_store_together_keep_to_its_quota(folder: Path, tmp_path: Path) -> None:
+    reports = fill(stored_order(folder, tmp_path / "other", 0, 2))
+    options = StoreOptions(store_folder=str(tmp_path / "store"), quota_bytes=reports[0].bytes_total * 11 // 10)
+    first, second = (stored_order(folder, tmp_path, stage, 2, store=options) for stage in range(2))
+    refusals: list[str] = []
+
+    def try_the_other(_: LoadProgress) -> None:
+        with pytest.raises(ConfigurationError) as caught:
+            fill(second)
+        refusals.append(caught.value.message)
+
+    source = partial(CheckpointSource, first)
+    StoreFiller(first, open_architecture(first.config), store_of(first), source, try_the_other).fill(parts_of(first))
+    assert "other workers are about to write" in refusals[0]
+    assert store_of(first).parts() == [part.name for part in parts_of(first)]
 
 
 def test_a_shard_that_is_newer_than_what_was_made_of_it_is_named(
