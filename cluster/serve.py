@@ -38,6 +38,7 @@ from cluster.rpc.v1 import generation_service_pb2 as service
 from cluster.rpc.v1 import generation_service_pb2_grpc as service_grpc
 from cluster.wire.tls import CertificateAuthority
 from coordinator.actor import CoordinatorActor
+from coordinator.bring_up import context_limit, storage_precision
 from coordinator.order import CoordinatorOrder
 from worker.actor import WorkerActor
 from worker.order import WorkerOrder
@@ -87,7 +88,7 @@ def run(
     config.validate()
     check_port(config.host, config.port)
     spec = resolve(config.model, revision=config.revision, token=find_token())
-    check_workers(config.workers, spec)
+    check_settings(config, spec)
     with _signals_set(stop), ExitStack() as stack:
         stack.enter_context(_ray_session(config, on_note))
         stack.enter_context(_signals_set(stop))  # again: ray.init has put its own handler in place
@@ -142,12 +143,14 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def check_workers(num_workers: int, spec: ModelSpec) -> None:
-    """Raise ConfigurationError when there is not a block for every worker, before any is started."""
-    if num_workers > spec.num_blocks:
+def check_settings(config: ServeConfig, spec: ModelSpec) -> None:
+    """Raise ConfigurationError for settings that the model rules out, before anything is started."""
+    storage_precision(config.precision, spec)
+    context_limit(config.max_context, spec)
+    if config.workers > spec.num_blocks:
         raise ConfigurationError(
-            f"{num_workers} workers cannot share the {spec.num_blocks} blocks of {spec.name}, each needs at least one; "
-            f"use --workers with a number from 1 to {spec.num_blocks}"
+            f"{config.workers} workers cannot share the {spec.num_blocks} blocks of {spec.name}, each needs at least "
+            f"one; use --workers with a number from 1 to {spec.num_blocks}"
         )
 
 

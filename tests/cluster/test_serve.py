@@ -15,6 +15,7 @@ from cluster import serve
 from cluster.config import ServeConfig
 from cluster.errors import ConfigurationError, IncompatibleVersionError, NotFoundError
 from cluster.placement import NodeFacts
+from tests.quantized_checkpoints import make_quantized
 
 
 @pytest.fixture
@@ -73,6 +74,22 @@ def test_unknown_model_is_told_before_ray_starts(no_ray: list[dict[str, Any]], t
 def test_more_workers_than_blocks_are_refused_before_ray_starts(no_ray: list[dict[str, Any]]) -> None:
     error, _ = run(workers=7)
     assert error.startswith("7 workers cannot share the 6 blocks of bloom-tiny")
+    assert no_ray == []
+
+
+def test_a_precision_that_the_checkpoint_does_not_come_in_is_refused_before_ray_starts(
+    no_ray: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    make_quantized(tmp_path, "nf4")
+    config = ServeConfig(model=str(tmp_path), precision="bf16", port=0)
+    with pytest.raises(ConfigurationError, match="comes in nf4 and cannot be served in bf16"):
+        serve.run(config, on_status=lambda _: None, on_note=lambda _: None, stop=threading.Event())
+    assert no_ray == []
+
+
+def test_a_context_that_the_model_does_not_have_is_refused_before_ray_starts(no_ray: list[dict[str, Any]]) -> None:
+    error, _ = run(max_context=1 << 20)
+    assert error.startswith("--max-context 1048576 is more than bloom-tiny allows")
     assert no_ray == []
 
 
