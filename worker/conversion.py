@@ -57,6 +57,7 @@ def convert(asked: Conversion, num_at_once: int, on_progress: Callable[[LoadProg
         _require_parts(store, parts)
         if asked.output is not None:
             _copy_rest(asked.spec, asked.output)
+            store.remove_locks()
     return store
 
 
@@ -95,9 +96,14 @@ def _store(asked: Conversion) -> BlockStore:
         return BlockStore(root, store_key(spec.source, precision))
     output = asked.output.absolute()
     store = BlockStore(output.parent, output.name)
-    described = _description(asked)
+    described, found = _description(asked), store.description()
+    if found is not None and found != described and replace(found, version=described.version) == described:
+        raise ConfigurationError(
+            f"{output} holds {spec.name} in {precision.value} as another version of Spanwise wrote it: choose a new "
+            "folder with --output, or empty that one"
+        )
     is_empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not is_empty and store.description() != described:
+    if not is_empty and found != described:
         raise ConfigurationError(
             f"{output} holds something else than {spec.name} in {precision.value}: choose a new folder with --output, "
             "or empty that one"

@@ -23,6 +23,7 @@ StoreDir = Annotated[
     typer.Option(
         "--store-dir",
         envvar="SPANWISE_STORE_DIR",
+        file_okay=False,
         help="The block store's folder.",
         show_default="~/.cache/spanwise/store",
     ),
@@ -60,7 +61,7 @@ def verify(
         bool, typer.Option("--remove", help="Remove damaged parts: the next use makes them anew.")
     ] = False,
 ) -> None:
-    """Read everything and compare it with what was written. Ends with status 1 when a part is damaged.
+    """Read everything and compare it with what was written. Ends with status 1 when a damaged part stays.
 
     Examples:
 
@@ -74,9 +75,10 @@ def verify(
         if entry.is_other_version:
             typer.echo(f"{entry.key}: not checked, since another version of Spanwise made it")
     damages = _verify_all(usable)
-    for entry, found in damages:
-        _tell_damage(entry, found, is_removed=remove)
-    if any(found for _, found in damages):
+    num_staying = sum(_tell_damage(entry, found, is_removed=remove) for entry, found in damages)
+    if num_staying and not remove:
+        typer.echo("`cluster store verify --remove` removes what is damaged: the next use makes it anew")
+    if num_staying:
         raise typer.Exit(1)
 
 
@@ -108,7 +110,7 @@ def prune(
     if older_version:
         entries = [entry for entry in entries if entry.is_other_version]
     if partial:
-        entries = [entry for entry in entries if entry.leftover_bytes]
+        entries = [entry for entry in entries if entry.num_leftovers]
     if _is_agreed(entries, yes, is_partial=partial):
         _remove(entries, prune_leftovers if partial else prune_folder)
 
@@ -168,7 +170,7 @@ def _parts_text(entry: StoreEntry) -> str:
     from cluster.cli.console import size
 
     expected = f" of {entry.description.num_blocks + 2}" if entry.description else ""
-    leftovers = f", {size(entry.leftover_bytes)} unfinished" if entry.leftover_bytes else ""
+    leftovers = f", {size(entry.leftover_bytes)} unfinished" if entry.num_leftovers else ""
     damaged = f", {len(entry.damaged)} damaged" if entry.damaged else ""
     return f"{len(entry.parts) - len(entry.damaged)}{expected}{damaged}{leftovers}"
 
@@ -205,17 +207,19 @@ def _progress() -> Progress:
     )
 
 
-def _tell_damage(entry: StoreEntry, damages: Sequence[Damage], *, is_removed: bool) -> None:
+def _tell_damage(entry: StoreEntry, damages: Sequence[Damage], *, is_removed: bool) -> int:
+    """Say what is damaged, and remove it if so asked; return how many parts stay."""
     from worker.store.inventory import remove_parts
 
     if not damages:
         count = len(entry.parts)
         typer.echo(f"{entry.key}: {count} part{' is' if count == 1 else 's are'} whole")
-        return
-    busy = remove_parts(entry.store, [damage.part for damage in damages]) if is_removed else []
+        return 0
+    parts = [damage.part for damage in damages]
+    staying = remove_parts(entry.store, parts) if is_removed else parts
     for damage in damages:
-        what = "removed" if is_removed and damage.part not in busy else "damaged"
-        typer.echo(f"{entry.key}: {what}: {damage.message}")
+        typer.echo(f"{entry.key}: {'damaged' if damage.part in staying else 'removed'}: {damage.message}")
+    return len(staying)
 
 
 def _is_agreed(entries: Sequence[StoreEntry], yes: bool, *, is_partial: bool) -> bool:

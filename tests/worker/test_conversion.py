@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,19 @@ def test_a_damaged_description_is_written_again(asked: Conversion) -> None:
     (store.folder / "model.json").write_text("{")
     convert(asked, 1, lambda _: None)
     assert store.description() == description is not None
+
+
+def test_a_folder_of_its_own_has_no_locks_and_is_refused_as_that_of_another_version(
+    asked: Conversion, tmp_path: Path
+) -> None:
+    output = replace(asked, output=tmp_path / "out")
+    store = convert(output, 1, lambda _: None)
+    assert not list(store.folder.glob("*.lock"))
+    description = store.description()
+    assert description is not None
+    store.describe(replace(description, version=0))
+    with pytest.raises(ConfigurationError, match="as another version of Spanwise wrote it: choose a new folder"):
+        convert(output, 1, lambda _: None)
+    store.describe(replace(description, model="other"))
+    with pytest.raises(ConfigurationError, match="holds something else"):
+        convert(output, 1, lambda _: None)

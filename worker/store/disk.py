@@ -94,11 +94,11 @@ def disk_errors(what: str, folder: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise ConfigurationError(
                 f"the disk is full: {what} does not fit in {folder}, and nothing of it was kept: make room (`cluster "
-                "store prune` removes other models), or choose a folder on a larger disk with --store-dir"
+                "store prune` removes other models), or choose a folder on a larger disk with --store-dir or --output"
             ) from error
         raise ConfigurationError(
             f"{what} cannot be written in {folder} ({error.strerror}): make the folder writable, or choose another "
-            "one with --store-dir"
+            "one with --store-dir or --output"
         ) from error
 
 

@@ -167,6 +167,14 @@ class BlockStore:
             except BlockingIOError:
                 return None
 
+    def remove_locks(self) -> None:
+        """Remove the files of locks that nobody holds, from a folder that is used where it is from now on."""
+        for path in self.folder.glob("*" + LOCK):
+            lock = self.try_lock(path.stem)
+            if lock is not None:
+                path.unlink()  # still held: whoever waits for it makes a new one
+                os.close(lock)
+
     def describe(self, description: StoreDescription) -> None:
         """Write what the folder was converted from, unless it says so already. Raises ConfigurationError."""
         path = self.folder / DESCRIPTION
@@ -255,7 +263,7 @@ def _lock_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigurationError(
             f"cannot lock {path} ({error.strerror}): make the folder writable, or choose another one with "
-            "--store-dir, on a file system that has locks"
+            "--store-dir or --output, on a file system that has locks"
         ) from error
 
 

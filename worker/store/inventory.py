@@ -34,7 +34,8 @@ class StoreEntry:
     parts: tuple[str, ...]  # that were written
     damaged: tuple[str, ...]  # of these, what is no longer there or not in its full size
     num_bytes: int  # on the disk, leftovers included
-    leftover_bytes: int  # of conversions that were killed, or are under way
+    num_leftovers: int  # files of conversions that were killed, or are under way
+    leftover_bytes: int
     last_used: float  # seconds since 1970
 
     @property
@@ -72,9 +73,9 @@ def find_entries(root: Path, name: str) -> list[StoreEntry]:
     entries = list_entries(root)
     exact = [entry for entry in entries if entry.key == name]
     named = [entry for entry in entries if entry.description is not None and entry.description.model == name]
-    begun = [entry for entry in entries if entry.key.startswith(name)]
+    begun = [entry for entry in entries if name and entry.key.startswith(name)]
     if not (exact or named or begun):
-        raise NotFoundError(f"nothing in the block store in {root} is called {name}: `cluster store list` shows it")
+        raise NotFoundError(f"nothing in the block store in {root} is called '{name}': `cluster store list` shows it")
     if not (exact or named) and len(begun) > 1:
         raise NotFoundError(f"{name} could mean {', '.join(entry.key for entry in begun)}: say more of the name")
     return exact or named or begun
@@ -140,6 +141,7 @@ def _describe(store: BlockStore) -> StoreEntry:
         parts,
         damaged,
         used_bytes(store.folder),
+        len(leftovers),
         sum(path.stat().st_size for path in leftovers if path.exists()),
         _last_used(store.folder),
     )

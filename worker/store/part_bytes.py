@@ -16,7 +16,6 @@ from worker.store.folder import BlockStore
 from worker.store.manifest import PartManifest, TensorPlace
 
 READ_BYTES = 8 << 20  # at a time
-_WAY_OUT = "`cluster store verify --remove` removes what is damaged, and loading the model again makes it anew"
 
 
 class PartBytes:
@@ -29,7 +28,7 @@ class PartBytes:
         try:
             self._file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise StorageError(f"{part}: {self.path} cannot be read ({error.strerror}): {_WAY_OUT}") from error
+            raise StorageError(f"{part}: {self.path} cannot be read ({error.strerror})") from error
         try:
             self._check_length()
             store.hold(self._file)
@@ -83,12 +82,11 @@ class PartBytes:
         length = os.fstat(self._file).st_size
         if length != self.manifest.file_bytes:
             raise StorageError(
-                f"{self.manifest.part}: {self.path} has {length:,} bytes instead of {self.manifest.file_bytes:,}: "
-                + _WAY_OUT
+                f"{self.manifest.part}: {self.path} has {length:,} bytes instead of {self.manifest.file_bytes:,}"
             )
 
     def _damaged(self, name: str, what: str) -> StorageError:
-        return StorageError(f"{self.manifest.part}: tensor {name} in {self.path} is damaged: {what}; {_WAY_OUT}")
+        return StorageError(f"{self.manifest.part}: tensor {name} in {self.path} is damaged: {what}")
 
 
 def tensors_of(manifest: PartManifest) -> Iterator[tuple[str, TensorPlace]]:

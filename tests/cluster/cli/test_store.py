@@ -63,12 +63,22 @@ def test_verify_names_damage_and_leaves_it_unless_told(run: Run, store: BlockSto
     result = run("store", "verify", "owner/model")
     assert result.exit_code == 1
     assert f"{store.key}: damaged: block-0000: tensor attention.q" in result.output
+    assert result.output.count("verify --remove") == 1
     assert store.has(PART)
     result = run("store", "verify", "--remove")
-    assert result.exit_code == 1
+    assert result.exit_code == 0
     assert "removed: block-0000" in result.output
+    assert "verify --remove" not in result.output
     assert not store.has(PART)
     assert run("store", "verify").exit_code == 0
+
+
+def test_verify_fails_where_a_damaged_part_cannot_be_removed_now(run: Run, store: BlockStore) -> None:
+    store.path(PART).unlink()
+    with store.lock(PART):
+        result = run("store", "verify", "--remove")
+    assert result.exit_code == 1
+    assert f"{store.key}: damaged: block-0000" in result.output
 
 
 def test_verify_passes_over_other_versions(run: Run, store: BlockStore) -> None:
@@ -106,6 +116,27 @@ def test_prune_of_leftovers_keeps_parts(run: Run, store: BlockStore) -> None:
     assert "nothing to remove" in run("store", "prune", "--partial").output
 
 
+def test_prune_of_leftovers_removes_empty_ones_too(run: Run, store: BlockStore) -> None:
+    leftover = store.folder / "head.weights.part"
+    leftover.touch()
+    assert "0 B unfinished" in run("store", "list").output
+    assert run("store", "prune", "--partial", "--yes").exit_code == 0
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("command", ["list", "verify", "prune"])
+def test_a_file_is_no_store(run: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "file").touch()
+    result = run("store", command, "--store-dir", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "is a file" in result.stderr
+
+
+def test_an_empty_name_means_no_model(run: Run, store: BlockStore) -> None:
+    assert run("store", "prune", "", "--yes").exit_code == 1
+    assert store.has(PART)
+
+
 def test_prune_leaves_what_is_in_use_and_says_so(run: Run, store: BlockStore) -> None:
     with PartFile(store, PART):
         result = run("store", "prune", "--all", "--yes")
@@ -123,4 +154,4 @@ def test_prune_wants_to_be_told_what(run: Run, arguments: tuple[str, ...]) -> No
 def test_an_unknown_name_is_told_in_a_sentence(run: Run, store: BlockStore) -> None:
     result = run("store", "verify", "bloom")
     assert result.exit_code == 1
-    assert f"nothing in the block store in {store.root} is called bloom" in result.stderr
+    assert f"nothing in the block store in {store.root} is called 'bloom'" in result.stderr

@@ -80,7 +80,7 @@ def test_a_folder_is_found_by_key_its_beginning_or_the_models_name(tmp_path: Pat
     assert len(find_entries(tmp_path, "owner/model")) == 2
     with pytest.raises(NotFoundError, match=r"owner--model could mean .*int8.*: say more"):
         find_entries(tmp_path, "owner--model")
-    with pytest.raises(NotFoundError, match="is called bloom: `cluster store list`"):
+    with pytest.raises(NotFoundError, match="is called 'bloom': `cluster store list`"):
         find_entries(tmp_path, "bloom")
 
 
