@@ -183,6 +183,8 @@ def measure(arguments: argparse.Namespace, store: BlockStore) -> dict[str, Any]:
         memory = {"peak_bytes": group.peak_bytes, "num_times_at_limit": group.num_times_at_limit, "rss_bytes": rss}
         about = peer.about
     disk.append(read_disk(arguments, store))
+    if not about["num_streamed"]:
+        raise SystemExit("bloom.py: all weights fit in memory, so nothing of the disk was measured: lower --memory")
     for run in runs:
         run["over_disk_time"] = run["seconds_per_pass"] * fmean(disk) / run["bytes_per_pass"]
     memory["limit_bytes"] = arguments.memory

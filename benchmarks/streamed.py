@@ -152,6 +152,8 @@ def measure(arguments: argparse.Namespace, spec: ModelSpec) -> dict[str, list[di
                 found["disk"] = [vars_of(before), vars_of(read_disk(arguments, spec, name))]
             figures.setdefault(name, []).append(found)
             print(f"{name}: {found['runs']}", file=sys.stderr)
+    if not figures:
+        raise SystemExit("streamed.py: no system could be measured")
     return figures
 
 
