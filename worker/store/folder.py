@@ -7,8 +7,9 @@
     ROOT/KEY/*.part               being written, or left by a process that was killed
 
 A lock is the system's (flock), so it ends with its process however that ends. A file system without such locks is
-refused. Who converts or loads holds the folder besides, together with others, and who prunes holds it alone. Covers
-names, locks and manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
+refused. Who converts or loads holds the folder besides, together with others, and who prunes holds it alone; machines
+that share a file system may not see each other's holds, but do see the locks of parts. Covers names, locks and
+manifests; bytes are `worker.store.writer`'s and `worker.store.reader`'s.
 """
 
 from __future__ import annotations
