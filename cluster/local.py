@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -36,6 +37,7 @@ from worker.spinning import limit_spinning
 
 if TYPE_CHECKING:
     from coordinator.coordinator import Coordinator
+    from worker.server import StageServer
 
 StatusListener = Callable[[ClusterStatus], None]
 
@@ -44,15 +46,17 @@ POLL_SECONDS = 0.2
 
 
 class LocalModel:
-    """A loaded model. Close it, or use it in a `with` block: it holds memory, threads and open files.
+    """A loaded model. Close it, or use it in a `with` block: it holds memory, threads and open files. One that nothing
+    refers to any more, its streams included, closes itself in the background.
 
     Calls may come from several threads at once.
     """
 
-    def __init__(self, runtime: _Runtime, client: Client) -> None:
+    def __init__(self, loop: LoopThread, client: Client) -> None:
         """Use `from_pretrained`."""
-        self._runtime = runtime
+        self._loop = loop
         self._client = client
+        weakref.finalize(client, loop.begin_close).atexit = False  # the loop itself sees to that
 
     @classmethod
     def from_pretrained(
@@ -73,19 +77,19 @@ class LocalModel:
         """
         config = ServeConfig(model=model, precision=precision, memory=str(memory), port=0, **settings)
         config.validate()
-        runtime = _Runtime()
+        loop = LoopThread("spanwise-local")
         try:
-            address = runtime.run(runtime.serve(config))
+            coordinator, address = loop.enter(_serving(config))
             client = Client(address)
             try:
-                _wait_ready(runtime, client, on_status)
+                _wait_ready(loop, coordinator, client, on_status)
             except BaseException:
                 client.close()
                 raise
         except BaseException:
-            runtime.close()
+            loop.close()
             raise
-        return cls(runtime, client)
+        return cls(loop, client)
 
     def __enter__(self) -> Self:
         return self
@@ -96,9 +100,9 @@ class LocalModel:
         self.close()
 
     def close(self) -> None:
-        """End what is generated and free everything. Idempotent."""
+        """End what is generated, with RequestCancelledError, and free everything. Idempotent."""
         self._client.close()
-        self._runtime.close()
+        self._loop.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Completion:
         """Return what follows a prompt: text, token ids (a sequence, or an array of one row) or a chat."""
@@ -126,13 +130,25 @@ class LocalModel:
         return self._client.describe()
 
 
-def _wait_ready(runtime: _Runtime, client: Client, on_status: StatusListener | None) -> None:
+def _wait_ready(loop: LoopThread, coordinator: Coordinator, client: Client, on_status: StatusListener | None) -> None:
     """Return when the model serves. Raises StageUnavailableError saying why it cannot."""
-    while not runtime.run(runtime.settle()):
+    while not loop.run(_settle(coordinator)):
         if on_status is not None:
             on_status(client.describe())
     if on_status is not None:
         on_status(client.describe())
+
+
+async def _settle(coordinator: Coordinator) -> bool:
+    """Tell whether the model serves, after a moment if not. Raises StageUnavailableError if it never will."""
+    if coordinator.board.state == service.CLUSTER_STATE_READY:
+        return True
+    try:
+        async with asyncio.timeout(POLL_SECONDS):
+            reason = await coordinator.wait_ended()
+    except TimeoutError:
+        return False
+    raise StageUnavailableError(reason or "the model was closed while it loaded")
 
 
 def _as_prompt(prompt: Any) -> Prompt:
@@ -145,78 +161,32 @@ def _as_prompt(prompt: Any) -> Prompt:
     return [int(token_id) for token_id in token_ids]
 
 
-class _Runtime:
-    """The event loop's thread, and the worker and coordinator that live on it."""
-
-    def __init__(self) -> None:
-        self._loop = LoopThread("spanwise-local")
-        self.run = self._loop.run
-        self._stop = asyncio.Event()
-        self._coordinator: Coordinator | None = None
-        self._serving: asyncio.Task[None] | None = None
-
-    async def serve(self, config: ServeConfig) -> str:
-        """Start worker and coordinator; return the address for clients. Raises SpanwiseError."""
-        address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-        async def live() -> None:
-            try:
-                async with _serving(config) as (self._coordinator, bound):
-                    address.set_result(bound)
-                    await self._stop.wait()
-            except BaseException as error:
-                if address.done():
-                    raise
-                address.set_exception(error)
-
-        self._serving = asyncio.create_task(live())
-        return await address
-
-    async def settle(self) -> bool:
-        """Tell whether the model serves, after a moment if not. Raises StageUnavailableError if it never will."""
-        assert self._coordinator is not None
-        if self._coordinator.board.state == service.CLUSTER_STATE_READY:
-            return True
-        try:
-            async with asyncio.timeout(POLL_SECONDS):
-                reason = await self._coordinator.wait_ended()
-        except TimeoutError:
-            return False
-        raise StageUnavailableError(reason or "the model was closed while it loaded")
-
-    def close(self) -> None:
-        """Stop worker and coordinator, and end the thread. Idempotent."""
-        if self._loop.is_closed:
-            return
-        self.run(self._end())
-        self._loop.close()
-
-    async def _end(self) -> None:
-        self._stop.set()
-        if self._serving is not None:
-            await asyncio.wait((self._serving,))
-
-
 @asynccontextmanager
 async def _serving(config: ServeConfig) -> AsyncIterator[tuple[Coordinator, str]]:
     """Run a worker and a coordinator of `config`; give the coordinator and the address for clients."""
-    limit_spinning(os.environ)  # of effect unless torch has been imported already
-    from coordinator.coordinator import Coordinator
-    from worker.build import build_server
-
+    make_coordinator, build_server = await asyncio.to_thread(_load_parts)
     token = find_token()
     spec = await asyncio.to_thread(resolve, config.model, revision=config.revision, token=token)
     worker = build_server(_worker_order(config), credentials=None)
     worker_address = await worker.start()
     try:
         order = CoordinatorOrder(config, spec, (worker_address,), LOOPBACK, generation=1, token=token or "")
-        coordinator = Coordinator(order, None, SystemClock())
+        coordinator = make_coordinator(order, None, SystemClock())
         try:
             yield coordinator, await coordinator.start()
         finally:
             await coordinator.stop()
     finally:
         await worker.stop()
+
+
+def _load_parts() -> tuple[type[Coordinator], Callable[..., StageServer]]:
+    """Import what takes seconds."""
+    limit_spinning(os.environ)  # of effect unless torch has been imported already
+    from coordinator.coordinator import Coordinator
+    from worker.build import build_server
+
+    return Coordinator, build_server
 
 
 def _worker_order(config: ServeConfig) -> WorkerOrder:

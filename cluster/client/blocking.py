@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 from cluster.client.aio import DEFAULT_SILENCE_TIMEOUT, AsyncClient
 from cluster.client.generation import Generation
-from cluster.client.loop_thread import LoopThread
+from cluster.client.loop_thread import LoopClosedError, LoopThread
 from cluster.client.options import GenerateOptions, Prompt
 from cluster.client.retry import RetryPolicy
 from cluster.client.values import ChatMessage, ClusterStatus, Completion, Model, Piece, Summary
+from cluster.errors import RequestCancelledError
 
 Result = TypeVar("Result")
 
 
 class Client:
     """What AsyncClient does, blocking. Works in any thread, also one whose event loop runs; Ctrl-C aborts the request.
+    A client that nothing refers to any more, its generations included, closes itself.
 
     with Client("127.0.0.1:7050") as client:
         for piece in client.generate("The capital of France is", max_tokens=20):
@@ -33,7 +37,8 @@ class Client:
     ) -> None:
         self.address = address
         self._loop = LoopThread("spanwise-client")
-        self._client = self._run(_make(address, silence_timeout, retry))
+        weakref.finalize(self, self._loop.begin_close).atexit = False  # the loop itself sees to that
+        self._client = self._loop.enter(_connected(address, silence_timeout, retry))
 
     def __enter__(self) -> Client:
         return self
@@ -44,10 +49,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection and end the thread. Idempotent."""
-        if self._loop.is_closed:
-            return
-        self._run(self._client.close())
+        """Close the connection and end the thread; calls under way get RequestCancelledError. Idempotent."""
         self._loop.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> BlockingGeneration:
@@ -89,9 +91,6 @@ class Client:
         self._run(self._client.abort(request_id))
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        if self._loop.is_closed:
-            coroutine.close()
-            raise RuntimeError("this client is closed; make a new one")
         return self._loop.run(coroutine)
 
 
@@ -100,7 +99,7 @@ class BlockingGeneration(Iterator[Piece]):
 
     def __init__(self, generation: Generation, run: Any) -> None:
         self._generation = generation
-        self._run = run
+        self._run = run  # the client's own method: the client lives as long as this
 
     @property
     def request_id(self) -> str:
@@ -119,7 +118,8 @@ class BlockingGeneration(Iterator[Piece]):
 
     def close(self) -> None:
         """Abort the request if it still runs. Idempotent."""
-        self._run(self._generation.aclose())
+        with suppress(LoopClosedError, RequestCancelledError):  # a closed client has aborted it
+            self._run(self._generation.aclose())
 
     def __enter__(self) -> BlockingGeneration:
         return self
@@ -130,9 +130,13 @@ class BlockingGeneration(Iterator[Piece]):
         self.close()
 
 
-async def _make(address: str, silence_timeout: float | None, retry: RetryPolicy | None) -> AsyncClient:
+@asynccontextmanager
+async def _connected(
+    address: str, silence_timeout: float | None, retry: RetryPolicy | None
+) -> AsyncIterator[AsyncClient]:
     """grpc binds a channel to the loop in which it is made."""
-    return AsyncClient(address, silence_timeout=silence_timeout, retry=retry)
+    async with AsyncClient(address, silence_timeout=silence_timeout, retry=retry) as client:
+        yield client
 
 
 async def _next_or_none(generation: Generation) -> Piece | None:

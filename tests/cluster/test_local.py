@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,3 +81,53 @@ def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path: Path) -> None:
     with pytest.raises(StageUnavailableError, match="does not fit"):
         LocalModel.from_pretrained("bloom-tiny", memory="1MiB", threads=1)
     assert threading.active_count() <= before + 1
+
+
+def test_a_script_that_closes_nothing_ends_in_peace() -> None:
+    script = f"""
+from cluster.local import LocalModel
+model = LocalModel.from_pretrained("bloom-tiny", precision="fp32", memory="3GiB", threads=1)
+stream = model.stream({PROMPT!r}, max_tokens=1000, ignore_eos=True)
+print(len(next(stream).token_ids))
+"""
+    quiet = {**os.environ, "GRPC_VERBOSITY": "NONE", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=quiet, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+def test_a_model_that_nothing_refers_to_ends_its_threads() -> None:
+    before = set(threading.enumerate())
+    loaded = LocalModel.from_pretrained("bloom-tiny", precision="fp32", memory="3GiB", threads=1)
+    stream = loaded.stream(PROMPT, **GREEDY)
+    del loaded
+    gc.collect()
+    assert next(stream).token_ids  # a stream keeps its model
+    ours = [thread for thread in set(threading.enumerate()) - before if thread.name.startswith(("spanwise", "compute"))]
+    del stream
+    gc.collect()
+    for thread in ours:
+        thread.join(30)
+    assert ours
+    assert not any(thread.is_alive() for thread in ours)
+
+
+def test_ctrl_c_while_it_loads_is_told_at_once_and_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    is_over = threading.Event()
+
+    def resolve(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        is_over.wait(60)
+
+    monkeypatch.setattr("cluster.local.resolve", resolve)
+    with caplog.at_level(logging.WARNING):
+        with pytest.raises(KeyboardInterrupt):
+            LocalModel.from_pretrained("bloom-tiny", memory="3GiB", threads=1)
+        assert not is_over.is_set()
+        is_over.set()
+        gc.collect()
+    assert not caplog.records
+    assert not [thread for thread in threading.enumerate() if thread.name == "spanwise-local" and thread.is_alive()]

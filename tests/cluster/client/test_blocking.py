@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from cluster.client import ChatMessage, Client
-from cluster.errors import OverloadedError, StageTimeoutError
-from cluster.testing.generation import SILENCE, FakeGenerationServer, accepted, end, text
+from cluster.errors import OverloadedError, RequestCancelledError, StageTimeoutError
+from cluster.testing.generation import SILENCE, FakeGenerationServer, accepted, end, queued, text
 
 
 def test_pieces_stream_without_asyncio():
@@ -102,3 +102,67 @@ def test_closing_ends_the_thread_and_further_use_is_refused():
         assert not any(thread.is_alive() for thread in started if thread.name == "spanwise-client")
         with pytest.raises(RuntimeError, match="closed"):
             client.complete("x")
+
+
+def _client_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "spanwise-client"]
+
+
+def test_closing_ends_a_call_under_way_as_cancelled():
+    with FakeGenerationServer([queued(1), SILENCE]) as server, Client(server.address) as client:
+        closing = []
+
+        def close_from_another_thread(_):
+            closing.append(threading.Thread(target=client.close))
+            closing[0].start()
+
+        with pytest.raises(RequestCancelledError, match="closed"):
+            client.complete("x", on_progress=close_from_another_thread)
+        closing[0].join()
+
+
+def test_a_generation_of_a_closed_client_may_be_closed():
+    with FakeGenerationServer([accepted(), text("x"), SILENCE]) as server, Client(server.address) as client:
+        with client.generate("x") as stream:
+            next(stream)
+            client.close()
+        stream.close()
+        assert server.wait_cancelled()
+
+
+def test_several_threads_may_close_at_once():
+    with FakeGenerationServer() as server:
+        client, raised = Client(server.address), []
+
+        def close():
+            try:
+                client.close()
+            except Exception as error:
+                raised.append(error)
+
+        closing = [threading.Thread(target=close) for _ in range(4)]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+        assert not raised
+
+
+def test_a_client_that_nothing_refers_to_ends_its_thread():
+    with FakeGenerationServer() as server:
+        client = Client(server.address)
+        client.complete("x")
+        threads = _client_threads()
+        del client
+        gc.collect()
+        for thread in threads:
+            thread.join(10)
+        assert threads
+        assert not _client_threads()
+
+
+def test_a_generation_keeps_its_client_open():
+    with FakeGenerationServer([accepted(), text("a"), text("b"), *end()]) as server:
+        stream = Client(server.address).generate("x")
+        gc.collect()
+        assert "".join(piece.text for piece in stream) == "ab"
