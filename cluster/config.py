@@ -59,7 +59,9 @@ class ServeConfig:
     )
     gpu_memory: str = _setting("", "of a GPU, per worker, likewise", unit="bytes by node")
     kv_memory: int = _setting(
-        0, "for keys and values per stage; 0: what the budget leaves and can be used", unit="bytes"
+        0,
+        "for keys and values per stage; weights that then do not fit are streamed; 0: what they leave of the budget",
+        unit="bytes",
     )
     store_dir: str = _setting("", "folder of the block store; empty: in the cache directory")
     download_dir: str = _setting("", "folder of downloaded checkpoints; empty: the hub's cache")

@@ -51,12 +51,13 @@ class PlacementOptions:
     page_size: int
     max_context: int
     max_running: int
-    kv_memory_bytes: int  # per stage; 0: what is left, at most what max_running x max_context needs
+    kv_memory_bytes: int  # per stage, before weights; 0: what is left; at most what max_running x max_context needs
     generation: int
     max_step_tokens: int = 0  # 0: STEP_TOKENS, or more where blocks are streamed
     compute_dtype: str = "auto"  # likewise
     is_precision_fixed: bool = False  # the checkpoint comes in this one
     is_context_fixed: bool = True  # asked for; otherwise a shorter one is served where memory is short
+    min_sequences: int = 1  # as long as the context, that there must be room for
 
     @property
     def step_tokens(self) -> int:
@@ -65,15 +66,16 @@ class PlacementOptions:
 
     @property
     def min_pages(self) -> int:
-        """Pages of one sequence as long as the context."""
-        return num_pages_for(self.max_context, self.page_size)
+        """Pages that there must be."""
+        return self.min_sequences * num_pages_for(self.max_context, self.page_size)
 
 
 class Ledger:
-    """What the spans of one model cost. `step_tokens` is that of the largest step."""
+    """What the spans of one model cost. `step_tokens` is that of the largest step; for `wanted_pages`, weights are
+    streamed where that costs nothing until the pages are used."""
 
-    def __init__(self, sizes: ModelSizes, options: PlacementOptions, step_tokens: int) -> None:
-        self.options, self.step_tokens = options, step_tokens
+    def __init__(self, sizes: ModelSizes, options: PlacementOptions, step_tokens: int, wanted_pages: int = 0) -> None:
+        self.options, self.step_tokens, self._wanted_pages = options, step_tokens, wanted_pages
         self._sizes = sizes
         precision = options.precision
         self._large = [count.large_bytes(precision) for count in sizes.blocks]
@@ -123,6 +125,14 @@ class Ledger:
         """Return the bytes of one sequence as long as the context."""
         return self.options.min_pages * self.page_bytes(worker, span)
 
+    def wanted_kv_bytes(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the bytes of keys and values for which weights are streamed: what was asked for, or those of the pages
+        that other stages have, as far as they can be of use."""
+        least, wanted = self.min_kv_bytes(worker, span), self.options.kv_memory_bytes
+        if not wanted and self._can_shift(worker):
+            wanted = self._wanted_pages * self.page_bytes(worker, span)
+        return max(least, min(wanted, self.options.max_running * least))
+
     def buffer_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the most that computing a step takes for a moment, or loading: the two never coincide."""
         return self._buffer_bytes(worker, span, is_resident=self.is_resident(worker, span))
@@ -158,8 +168,12 @@ class Ledger:
         return worker.free_memory_bytes - self.buffer_bytes(worker, span)
 
     def is_resident(self, worker: WorkerInfo, span: Span) -> bool:
-        """Tell whether nothing needs to be read from disk."""
-        return self._resident_bytes(worker, span) <= worker.free_memory_bytes
+        """Tell whether nothing is read from disk: all weights fit, and beside them the keys and values that are wanted,
+        or as many as with all of them being read."""
+        left = self._left_resident(worker, span)
+        if left < self.min_kv_bytes(worker, span):
+            return False
+        return left >= self.wanted_kv_bytes(worker, span) or left >= self._left_streamed(worker, span)
 
     def least_bytes(self, worker: WorkerInfo, span: Span) -> int:
         """Return the least memory that the span needs: with all that can be streamed being streamed, or with nothing
@@ -178,18 +192,17 @@ class Ledger:
         """Return how much a pass reads at least, as if blocks could be divided."""
         if self.is_resident(worker, span):
             return 0
-        needed = self.weight_bytes(span) + self.min_kv_bytes(worker, span) + self._ring_share(worker, span)
+        needed = self.weight_bytes(span) + self.wanted_kv_bytes(worker, span) + self._ring_share(worker, span)
         return needed - self.room(worker, span)
 
     def max_pages(self, worker: WorkerInfo, span: Span) -> int:
         """Return how many pages fit beside the weights that stay, of those that can be of use."""
-        room = self.room(worker, span)
         if self.is_resident(worker, span):
-            left = room - self.weight_bytes(span)
+            left = self._left_resident(worker, span)
         else:
-            left = room - self._ring_share(worker, span) - self.small_bytes(span) - self._stays_bytes(span)
+            left = self._left_streamed(worker, span)
             if self._has_experts == (worker.device == "cpu"):  # a cache, or blocks that stay, get the rest
-                left = max(self.min_kv_bytes(worker, span), left // CACHE_SHARE)
+                left = max(min(left, self.wanted_kv_bytes(worker, span)), left // CACHE_SHARE)
         if self.options.kv_memory_bytes:
             left = min(left, self.options.kv_memory_bytes)
         page_bytes = max(1, self.page_bytes(worker, span))
@@ -242,6 +255,16 @@ class Ledger:
     def _can_shift(self, worker: WorkerInfo) -> bool:
         """Tell whether pages take memory only once they are used, so that blocks can have it until then."""
         return worker.device == "cpu" and not self._has_experts
+
+    def _left_resident(self, worker: WorkerInfo, span: Span) -> int:
+        """Return the bytes that are left for keys and values beside all weights."""
+        taken = self._buffer_bytes(worker, span, is_resident=True) + self.weight_bytes(span)
+        return worker.free_memory_bytes - taken
+
+    def _left_streamed(self, worker: WorkerInfo, span: Span) -> int:
+        """Likewise, with all that can be streamed being streamed."""
+        taken = self._buffer_bytes(worker, span, is_resident=False) + self._ring_share(worker, span)
+        return worker.free_memory_bytes - taken - self.small_bytes(span) - self._stays_bytes(span)
 
     def _stays_bytes(self, span: Span) -> int:
         """Return the bytes of linear layers that are never streamed: all but experts, of which some are cached."""

@@ -28,6 +28,7 @@ Cut = Sequence[tuple[WorkerInfo, Span]]
 """The workers in pipeline order, each with its span."""
 
 MIN_CONTEXT = 256  # below which none is chosen on anybody's behalf, or suggested
+FEW_SEQUENCES = 4  # as long as the context: where fewer fit beside all weights, streaming is suggested
 MIN_STEP_TOKENS = 16  # likewise
 PROCESS_NOISE_SHARE = 32  # of what a process takes before it loads anything: by that it may take more the next time
 
@@ -46,9 +47,9 @@ def place(workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOp
     cut, ledger = _first_fit(_by_node(workers), sizes, options)
     if not _fits(cut, ledger):
         raise ConfigurationError(_what_does_not_fit(cut, ledger, _help(workers, sizes, ledger.options)))
-    if not options.max_step_tokens and not all(ledger.is_resident(worker, span) for worker, span in cut):
-        ledger = Ledger(sizes, ledger.options, _streamed_step_tokens(cut, ledger))
-    placement = _planned(cut, ledger)
+    placement = _planned(cut, _for_streaming(cut, ledger, sizes))
+    if placement.is_streamed:
+        placement = _roomier(placement, cut, ledger, sizes)
     return replace(placement, advice=_advice(placement, workers, sizes, options))
 
 
@@ -99,6 +100,30 @@ def _planned(cut: Cut, ledger: Ledger) -> Placement:
     )
 
 
+def _roomier(placement: Placement, cut: Cut, ledger: Ledger, sizes: ModelSizes) -> Placement:
+    """Return a streamed placement with room for some sequences where there is one: a stage that is just not streamed
+    might have room for a single one, while the others have more than enough."""
+    options = replace(ledger.options, min_sequences=min(FEW_SEQUENCES, ledger.options.max_running))
+    if placement.num_pages >= options.min_pages:
+        return placement
+    demanding = Ledger(sizes, options, options.step_tokens)
+    roomy = _cut([worker for worker, _ in cut], len(sizes.blocks), demanding)
+    return _planned(roomy, _for_streaming(roomy, ledger, sizes)) if _fits(roomy, demanding) else placement
+
+
+def _for_streaming(cut: Cut, ledger: Ledger, sizes: ModelSizes) -> Ledger:
+    """Return what the spans cost where some are streamed: others make as much room for keys and values, and steps are
+    larger if nobody said how large."""
+    pages = [ledger.max_pages(*stage) for stage in cut if not ledger.is_resident(*stage)]
+    if not pages:
+        return ledger
+    options = ledger.options
+    ledger = Ledger(sizes, options, options.step_tokens, min(pages))
+    if options.max_step_tokens:
+        return ledger
+    return Ledger(sizes, options, _streamed_step_tokens(cut, ledger), min(pages))
+
+
 def _streamed_step_tokens(cut: Cut, ledger: Ledger) -> int:
     """Return how many tokens a step may have where blocks are streamed: a prompt should pass them at once, so up to the
     whole context, as far as that makes no resident stage stream and takes a small share of a streamed one's memory."""
@@ -109,9 +134,10 @@ def _streamed_step_tokens(cut: Cut, ledger: Ledger) -> int:
 def _affordable_tokens(worker: WorkerInfo, span: Span, ledger: Ledger) -> int:
     budget, buffers = worker.free_memory_bytes, ledger.buffer_bytes(worker, span)
     if ledger.is_resident(worker, span):
-        needed = ledger.weight_bytes(span) + ledger.min_kv_bytes(worker, span)
-        return ledger.affordable_step_tokens(worker, span, budget - needed)
-    slack = budget - ledger.least_bytes(worker, span)
+        needed = ledger.weight_bytes(span) + ledger.wanted_kv_bytes(worker, span)
+        return ledger.affordable_step_tokens(worker, span, max(buffers, budget - needed))
+    asked = max(0, ledger.options.kv_memory_bytes - ledger.min_kv_bytes(worker, span))
+    slack = max(0, budget - ledger.least_bytes(worker, span) - asked)
     return ledger.affordable_step_tokens(
         worker, span, min(buffers + slack, max(buffers, budget // STREAMED_BUFFER_SHARE))
     )
@@ -188,7 +214,8 @@ def _cheapest(
 
 
 def _advice(placement: Placement, workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions) -> str:
-    """Say what would be better than a placement: a longer context, or a precision that needs no streaming."""
+    """Say what would be better than a placement: a longer context, more sequences, or a precision that needs no
+    streaming."""
     advice = []
     if placement.max_context < options.max_context:
         advice.append(
@@ -197,7 +224,29 @@ def _advice(placement: Placement, workers: Sequence[WorkerInfo], sizes: ModelSiz
         )
     if placement.is_streamed:
         advice += _precisions_without_streaming(workers, sizes, options)
+    elif not options.kv_memory_bytes:
+        advice += _more_pages_by_streaming(placement, workers, sizes, options)
     return "; ".join(advice)
+
+
+def _more_pages_by_streaming(
+    placement: Placement, workers: Sequence[WorkerInfo], sizes: ModelSizes, options: PlacementOptions
+) -> list[str]:
+    options = replace(options, max_context=placement.max_context, is_context_fixed=True)
+    num_sequences = placement.num_pages // options.min_pages
+    if num_sequences >= min(FEW_SEQUENCES, options.max_running):
+        return []
+    kv_bytes = max(plan.memory.kv_bytes for plan in placement.stages) // placement.num_pages * options.min_pages
+    options = replace(options, kv_memory_bytes=FEW_SEQUENCES * kv_bytes)
+    cut, ledger = _first_fit(_by_node(workers), sizes, options)
+    more = _planned(cut, _for_streaming(cut, ledger, sizes)).num_pages // options.min_pages
+    if more <= num_sequences:
+        return []
+    return [
+        f"memory is left for {num_sequences} sequence(s) of {options.max_context} tokens at once: --kv-memory "
+        f"{math.ceil(options.kv_memory_bytes / 2**20)}MiB makes room for {more}, for which weights are read from "
+        "disk at every step"
+    ]
 
 
 def _precisions_without_streaming(

@@ -114,6 +114,47 @@ def test_kv_memory_bounds_the_pages() -> None:
     assert place([worker("a", 8 * GIB)], model(4), options).num_pages == 20
 
 
+def test_weights_that_would_fit_are_streamed_for_the_kv_memory_that_was_asked_for() -> None:
+    tight = [worker("a", GIB)]
+    sizes = model(11, kv=2**12)  # of 704 MiB, and 11 MiB per page
+    options = replace(OPTIONS, max_context=128, max_running=64, max_step_tokens=1)
+    (plan,) = place(tight, sizes, options).stages
+    assert not plan.memory.is_streamed
+    asked = replace(options, kv_memory_bytes=16 * 11 * 2**20)
+    placement = place(tight, sizes, asked)
+    assert placement.num_pages == 16 > plan.memory.kv_bytes // (11 * 2**20)
+    assert placement.is_streamed
+    assert not place([worker("a", 2 * GIB)], sizes, asked).is_streamed
+
+
+def test_little_room_for_keys_and_values_is_said_with_the_kv_memory_that_streaming_makes_room_for() -> None:
+    tight, sizes = [worker("a", GIB)], model(11, kv=2**12)
+    options = replace(OPTIONS, max_context=128, max_running=64, max_step_tokens=1)
+    advice = place(tight, sizes, options).advice
+    assert "memory is left for 2 sequence(s) of 128 tokens at once: --kv-memory 88MiB makes room for 4" in advice
+    followed = place(tight, sizes, replace(options, kv_memory_bytes=88 * 2**20))
+    assert followed.num_pages == 8
+    assert "--kv-memory" not in followed.advice
+    assert place([worker("a", 2 * GIB)], sizes, options).advice == ""
+
+
+@pytest.mark.parametrize("sizes", [(1100, 1300), (1300, 1100), (1250, 1200)])
+def test_where_another_stage_is_streamed_no_stage_is_resident_at_the_price_of_pages(sizes: tuple[int, int]) -> None:
+    workers = [worker(str(size), size * 2**20) for size in sizes]
+    placement = place(workers, model(24, kv=2**12), replace(OPTIONS, max_running=64, max_step_tokens=64))
+    assert placement.num_pages > 50
+    assert all(plan.memory.is_streamed for plan in placement.stages)
+
+
+def test_a_streamed_model_is_cut_to_have_room_for_four_sequences_where_that_is_possible() -> None:
+    """At 464 MiB, the last stage of the cut that reads least would be resident, with room for one."""
+    sizes = replace(model(14, block=2**23, head=2**24, kv=2**11), num_output_elements=2**14)
+    options = replace(OPTIONS, max_context=512, max_running=64, max_step_tokens=64)
+    for size in range(450, 480, 3):
+        placement = place([worker(name, size * 2**20) for name in "ab"], sizes, options)
+        assert placement.num_pages >= 4 * options.min_pages
+
+
 def test_a_16_bit_cache_has_twice_the_pages() -> None:
     options = replace(OPTIONS, kv_memory_bytes=20 * 4 * 2**17, kv_dtype="bf16")
     assert place([worker("a", 8 * GIB)], model(4), options).num_pages == 40
@@ -278,9 +319,23 @@ PRECISIONS = st.sampled_from(list(Precision))
 
 
 @settings(deadline=None, max_examples=200)
-@given(WORKERS, BLOCKS, st.integers(0, 2**27), PRECISIONS, st.sampled_from(["cpu", "cuda:0"]), st.booleans())
+@given(
+    WORKERS,
+    BLOCKS,
+    st.integers(0, 2**27),
+    PRECISIONS,
+    st.sampled_from(["cpu", "cuda:0"]),
+    st.booleans(),
+    st.sampled_from([0, 2**26, 2**29, 2**32]),
+)
 def test_everything_planned_stays_within_the_budget_or_the_placement_is_refused(
-    memory: list[int], blocks: list[int], head: int, precision: Precision, device: str, has_experts: bool
+    memory: list[int],
+    blocks: list[int],
+    head: int,
+    precision: Precision,
+    device: str,
+    has_experts: bool,
+    kv_memory: int,
 ) -> None:
     workers = [worker(str(index), free, device=device) for index, free in enumerate(memory)]
     sizes = sizes_of(blocks, head, 512)
@@ -288,7 +343,7 @@ def test_everything_planned_stays_within_the_budget_or_the_placement_is_refused(
         experts = tuple(WeightCount(num_linear=block * 7 // 8) for block in blocks)
         sizes = replace(sizes, experts=experts, num_experts=8)
     try:
-        placement = place(workers, sizes, replace(OPTIONS, precision=precision))
+        placement = place(workers, sizes, replace(OPTIONS, precision=precision, kv_memory_bytes=kv_memory))
     except ConfigurationError:
         return
     assert is_tiling([plan.span for plan in placement.stages], len(blocks))
@@ -304,7 +359,7 @@ def test_everything_planned_stays_within_the_budget_or_the_placement_is_refused(
         assert taken <= split.budget_bytes == plan.worker.free_memory_bytes
         context_bytes = split.kv_bytes // placement.num_pages * OPTIONS.min_pages
         assert split.weight_bytes + context_bytes <= split.small_bytes + split.shared_bytes
-        assert split.kv_bytes <= split.shared_bytes
+        assert split.kv_bytes <= min(split.shared_bytes, kv_memory or split.shared_bytes)
         assert split.is_streamed == (split.ring_bytes + split.expert_cache_bytes > 0)
         assert (split.num_streamed > 0) == (split.is_streamed and not has_experts)
         if device != "cpu" or has_experts or not split.is_streamed:
