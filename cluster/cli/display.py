@@ -184,7 +184,7 @@ def cluster_table(cluster: ClusterStatus) -> Table:
     for stage in cluster.stages:
         table.add_row(
             *(str(stage.stage), stage.node_name, stage.device, _blocks(stage), stage.numerics.precision),
-            *(size(stage.weight_bytes), size(stage.kv_bytes), _budget(stage)),
+            *(size(stage.resident_bytes), size(stage.kv_bytes), _budget(stage)),
             f"{stage.busy_share:.0%}",
             stage.state if stage.message in cluster.message else f"{stage.state} {stage.message}",
             style=_COLOURS.get(stage.state) if stage.state == "lost" else None,

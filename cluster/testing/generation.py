@@ -93,6 +93,8 @@ def ready_status(*, num_stages: int = 2) -> service.DescribeClusterResponse:
             device="cpu",
             numerics=generation.StageNumerics(first_block=2 * stage, end_block=2 * stage + 2, precision="fp32"),
             weight_bytes=3 * 1024**2,
+            resident_bytes=3 * 1024**2,
+            resident_share=1.0,
             kv_bytes=1024**2,
             free_memory_bytes=4 * 1024**3,
             total_memory_bytes=8 * 1024**3,
