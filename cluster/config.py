@@ -54,7 +54,8 @@ class ServeConfig:
     gpus: float = _setting(0.0, "GPUs per worker, as Ray counts them")
     memory: str = _setting(
         "",
-        'per worker process, like "12GiB", or by node, like "12GiB,bignode=48GiB"; empty: a share of what is free',
+        'that a worker\'s whole process may take, which needs 0.4 GiB or so for itself, like "12GiB", or by node, like '
+        '"12GiB,bignode=48GiB"; empty: a share of what is free',
         unit="bytes by node",
     )
     gpu_memory: str = _setting("", "of a GPU, per worker, likewise", unit="bytes by node")
@@ -158,15 +159,14 @@ class NodeSizes:
 
 def parse_node_sizes(name: str, text: str) -> NodeSizes:
     """Return the sizes of "12GiB", "12GiB,bignode=48GiB" or ""; ConfigurationError names the setting otherwise."""
-    default, by_node = 0, {}
+    by_node: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        node, equals, size = part.rpartition("=")
-        if equals and node.strip():
-            by_node[node.strip()] = parse_size(name, size)
-        elif equals or default:
+        node, equals, size = (word.strip() for word in part.rpartition("="))
+        if bool(node) != bool(equals) or node in by_node:
             raise ConfigurationError(
-                f"{name} must be a size, and others by node, like 12GiB,bignode=48GiB, not {text!r}"
+                f"{name} must be a size, and others by node, each once, like 12GiB,bignode=48GiB, not {text!r}"
             )
-        else:
-            default = parse_size(name, part)
-    return NodeSizes(default, by_node)
+        by_node[node] = parse_size(name, size)
+        if not by_node[node]:
+            raise ConfigurationError(f"{name} must be above 0, not {size!r}; leave it out for a share of what is free")
+    return NodeSizes(by_node.pop("", 0), by_node)

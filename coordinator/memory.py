@@ -122,7 +122,7 @@ class Ledger:
         return elements * self.options.page_size * self._kv_element_bytes(worker)
 
     def min_kv_bytes(self, worker: WorkerInfo, span: Span) -> int:
-        """Return the bytes of one sequence as long as the context."""
+        """Return the bytes of the pages that there must be."""
         return self.options.min_pages * self.page_bytes(worker, span)
 
     def wanted_kv_bytes(self, worker: WorkerInfo, span: Span) -> int:

@@ -28,8 +28,8 @@ Cut = Sequence[tuple[WorkerInfo, Span]]
 """The workers in pipeline order, each with its span."""
 
 MIN_CONTEXT = 256  # below which none is chosen on anybody's behalf, or suggested
-FEW_SEQUENCES = 4  # as long as the context: where fewer fit beside all weights, streaming is suggested
 MIN_STEP_TOKENS = 16  # likewise
+FEW_SEQUENCES = 4  # as long as the context: where fewer fit beside all weights, streaming is suggested
 PROCESS_NOISE_SHARE = 32  # of what a process takes before it loads anything: by that it may take more the next time
 
 StageCost = Callable[[WorkerInfo, Span], float]

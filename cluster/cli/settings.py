@@ -10,6 +10,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from cluster.cli.console import size
 from cluster.cli.parameters import OptionSpec
 from cluster.config import ServeConfig, parse_size
 from cluster.errors import ConfigurationError
@@ -68,7 +69,7 @@ def _option(name: str) -> OptionSpec:
     field = _FIELDS[name]
     about = str(field.metadata["about"])
     if field.default is not MISSING and field.default not in ("", 0, 0.0, False):
-        about += f" [default: {field.default}]"
+        about += f" [default: {size(field.default) if name in _SIZES else field.default}]"
     return OptionSpec(
         name=name,
         kind=str if name in _SIZES else _KINDS[name],

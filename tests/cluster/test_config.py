@@ -79,7 +79,13 @@ def test_sizes_by_node():
     assert parse_node_sizes("memory", "big=2GiB").on("small") == 0
 
 
-@pytest.mark.parametrize("text", ["12GiB,13GiB", "=12GiB", "big=", "big=lots", "big"])
+@pytest.mark.parametrize("text", ["12GiB,13GiB", "big=1GiB,big=2GiB", "=12GiB", "big=", "big=lots", "big"])
 def test_sizes_by_node_that_mean_nothing_are_refused(text):
     with pytest.raises(ConfigurationError, match="memory must be a size"):
         parse_node_sizes("memory", text)
+
+
+@pytest.mark.parametrize("text", ["0", "0.0001KiB", "12GiB,big=0"])
+def test_no_memory_at_all_is_refused_instead_of_meaning_the_default(text):
+    with pytest.raises(ConfigurationError, match="memory must be above 0"):
+        ServeConfig("m", memory=text).validate()

@@ -59,6 +59,11 @@ def test_sizes_are_understood_from_everywhere(tmp_path):
     assert load(parse("m", env={"SPANWISE_KV_MEMORY": "1MB"}), None).kv_memory == 10**6
 
 
+def test_help_writes_sizes_as_a_person_would():
+    about = {option.name: option.about for option in serve_options()}
+    assert about["disk_reserve"].endswith("[default: 1.0 GiB]")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
