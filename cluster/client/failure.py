@@ -6,7 +6,13 @@ from __future__ import annotations
 
 import grpc
 
-from cluster.errors import InvalidRequestError, OverloadedError, SpanwiseError, StageUnavailableError
+from cluster.errors import (
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+    SpanwiseError,
+    StageUnavailableError,
+)
 from cluster.wire.status import REASON_KEY, from_rpc_error
 
 
@@ -20,6 +26,8 @@ def error_of_call(rpc_error: grpc.aio.AioRpcError, address: str) -> SpanwiseErro
             f"no server answers at {address} ({error.message}); start one with `cluster serve MODEL`, or correct the "
             "address (--server, SPANWISE_SERVER)"
         )
+    if isinstance(error, RequestCancelledError):  # who cancels here gets no answer: it was the other side, or gRPC
+        return StageUnavailableError(f"{address} ended the call, being overloaded or about to stop: {error.message}")
     if isinstance(error, OverloadedError):  # a Spanwise server names its reason; this is gRPC's limit on messages
         return InvalidRequestError(f"the request or its answer is too large for {address}: {error.message}")
     return error

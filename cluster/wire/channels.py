@@ -22,6 +22,8 @@ PROTOCOL_KEY = "spanwise-protocol"
 VERSION_KEY = "spanwise-version"
 MAX_MESSAGE_BYTES = 64 * 1024**2
 """Bounds a prompt of token ids or text; hidden states travel in pieces of 1 MiB."""
+MAX_BACKLOG = 100_000
+"""Calls that came and that Python has not yet seen."""
 
 _KEEPALIVE = (
     # A neighbour whose machine vanished without closing its sockets is noticed within the sum of the two.
@@ -45,6 +47,9 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),
+    # Beyond 1,000, by default, gRPC ends calls with a bare CANCELLED; the coordinator's own queue says that it is full.
+    ("grpc.server.max_pending_requests", MAX_BACKLOG),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_BACKLOG),
 )
 _INTERNAL_OPTIONS = (
     *_SIZES,
