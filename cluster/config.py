@@ -7,10 +7,12 @@ environment and file.
 
 from __future__ import annotations
 
+import difflib
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, get_type_hints
 
 from cluster.errors import ConfigurationError
 
@@ -121,6 +123,43 @@ _CHOICES = {
 }
 
 
+_FIELDS = {field.name: field for field in fields(ServeConfig)}
+_KINDS: Mapping[str, type] = get_type_hints(ServeConfig)
+SIZES = {name for name, field in _FIELDS.items() if field.metadata["unit"] == "bytes"}
+NODE_SIZES = {name for name, field in _FIELDS.items() if field.metadata["unit"] == "bytes by node"}
+
+
+def read_settings(values: Mapping[str, object], source: str) -> dict[str, Any]:
+    """Return settings as ServeConfig takes them, of a file or of Python's keyword arguments: sizes may be numbers or
+    text, folders paths. Raises ConfigurationError, naming `source`, for an unknown name or a wrong type."""
+    return {_known(name, source): _typed(name, value, source) for name, value in values.items()}
+
+
+def _known(name: str, source: str) -> str:
+    if name in _FIELDS:
+        return name
+    close = difflib.get_close_matches(name, _FIELDS, n=1)
+    meant = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(_FIELDS)}"
+    raise ConfigurationError(f"{source} has the unknown setting {name!r}; {meant}")
+
+
+def _typed(name: str, value: object, source: str) -> object:
+    kind = _KINDS[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if name in SIZES and (is_number or isinstance(value, str)):
+        return parse_size(name, value)  # type: ignore[arg-type]  # as just checked
+    if name in NODE_SIZES and is_number:
+        return str(value)
+    if kind is float and is_number:
+        return float(value)  # type: ignore[arg-type]  # is_number says so
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if is_number and isinstance(value, int) if kind is int else isinstance(value, kind):
+        return value
+    wanted = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    raise ConfigurationError(f"{source}: {name} must be {wanted}, not {value!r}")
+
+
 def parse_port_range(text: str) -> range:
     """Return the ports of "7100-7110" (inclusive) or "7100"; an empty text is an empty range (any free port)."""
     if not text:
@@ -137,7 +176,7 @@ def parse_port_range(text: str) -> range:
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-def parse_size(name: str, text: str | int) -> int:
+def parse_size(name: str, text: str | float) -> int:
     """Return bytes of "12GiB", "500 MB", "1.5T" or 4096; ConfigurationError names the setting otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
     if match is None or match[2] not in _UNITS:

@@ -16,9 +16,10 @@ Covers assembling the parts and their lifetime; every setting is `cluster.config
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -26,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 from cluster.client import BlockingGeneration, ChatMessage, Client, ClusterStatus, Completion, GenerateOptions, Prompt
 from cluster.client.loop_thread import LoopThread
 from cluster.clock import SystemClock
-from cluster.config import ServeConfig, parse_node_sizes
-from cluster.errors import StageUnavailableError
+from cluster.config import ServeConfig, parse_node_sizes, read_settings
+from cluster.errors import ConfigurationError, InvalidRequestError, StageUnavailableError
 from cluster.hub.resolve import find_token, resolve
 from cluster.placement import WorkerId
 from cluster.rpc.v1 import generation_service_pb2 as service
@@ -43,6 +44,12 @@ StatusListener = Callable[[ClusterStatus], None]
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.2
+_SILENT = logging.NullHandler()
+
+_OF_A_SERVER = (
+    *("workers", "wire_dtype", "host", "port", "address", "interface", "stage_ports"),
+    *("internal_tls", "detach", "log_dir", "log_json"),
+)
 
 
 class LocalModel:
@@ -52,19 +59,20 @@ class LocalModel:
     Calls may come from several threads at once.
     """
 
-    def __init__(self, loop: LoopThread, client: Client) -> None:
+    def __init__(self, loop: LoopThread, client: Client, concurrency: int) -> None:
         """Use `from_pretrained`."""
         self._loop = loop
         self._client = client
+        self._concurrency = concurrency  # requests of generate_many at once
         weakref.finalize(client, loop.begin_close).atexit = False  # the loop itself sees to that
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | os.PathLike[str],
         *,
         precision: str = "auto",
-        memory: str | int = "",
+        memory: str | float = "",
         on_status: StatusListener | None = None,
         **settings: Any,
     ) -> Self:
@@ -72,11 +80,10 @@ class LocalModel:
 
         `memory` bounds the whole process ("12GiB" or bytes; empty: what the machine has free, with a margin); weights
         that do not fit are read from disk on every pass. `settings` are those of ServeConfig that concern one
-        machine: `revision`, `threads`, `gpus`, `max_context`, `kv_dtype`, `store_dir`, ….
+        machine: `revision`, `threads`, `gpus`, `max_context`, `kv_dtype`, `store_dir`, …; None takes the default.
         `on_status` hears of the load's progress several times a second. Raises SpanwiseError.
         """
-        config = ServeConfig(model=model, precision=precision, memory=str(memory), port=0, **settings)
-        config.validate()
+        config = _config({**settings, "model": model, "precision": precision, "memory": memory})
         loop = LoopThread("spanwise-local")
         try:
             coordinator, address = loop.enter(_serving(config))
@@ -89,7 +96,8 @@ class LocalModel:
         except BaseException:
             loop.close()
             raise
-        return cls(loop, client)
+        # As many as run, and as many again to take their places.
+        return cls(loop, client, config.max_running + min(config.max_running, config.max_waiting))
 
     def __enter__(self) -> Self:
         return self
@@ -110,8 +118,10 @@ class LocalModel:
 
     def generate_many(self, prompts: Iterable[Prompt], **options: Unpack[GenerateOptions]) -> list[Completion]:
         """Return what follows each prompt, in their order. They are computed together, as far as memory allows."""
+        if isinstance(prompts, str):
+            raise InvalidRequestError("generate_many takes several prompts: give a list of them, or use generate")
         listed = [_as_prompt(prompt) for prompt in prompts]
-        return self._client.complete_many(listed, concurrency=max(1, len(listed)), **options)
+        return self._client.complete_many(listed, concurrency=self._concurrency, **options)
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> BlockingGeneration:
         """Return the pieces of what follows a prompt, as they come."""
@@ -128,6 +138,19 @@ class LocalModel:
     def describe(self) -> ClusterStatus:
         """Return memory, what is read from disk, and how busy the model is."""
         return self._client.describe()
+
+
+def _config(settings: Mapping[str, object]) -> ServeConfig:
+    """Return the checked settings. Raises ConfigurationError naming one that is unknown, wrong or a server's."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name in given:
+        if name in _OF_A_SERVER:
+            raise ConfigurationError(
+                f"{name} is a setting of `cluster serve`; a LocalModel is one worker, without a port"
+            )
+    config = ServeConfig(**read_settings(given, "LocalModel"), port=0)
+    config.validate()
+    return config
 
 
 def _wait_ready(loop: LoopThread, coordinator: Coordinator, client: Client, on_status: StatusListener | None) -> None:
@@ -155,15 +178,21 @@ def _as_prompt(prompt: Any) -> Prompt:
     """Return token ids of a tensor or array `[num_tokens]` or `[1, num_tokens]`; anything else as it is."""
     if not hasattr(prompt, "tolist"):
         return prompt  # type: ignore[no-any-return]
-    token_ids = prompt.tolist()
-    if token_ids and isinstance(token_ids[0], list):
-        (token_ids,) = token_ids  # several rows are several prompts: generate_many
-    return [int(token_id) for token_id in token_ids]
+    shape = tuple(prompt.shape)
+    if len(shape) == 2 and shape[0] == 1:
+        prompt = prompt[0]
+    elif len(shape) == 2:
+        raise InvalidRequestError(f"the prompt has {shape[0]} rows: give several prompts to generate_many")
+    elif len(shape) != 1:
+        raise InvalidRequestError(f"the prompt must have the shape [num_tokens] or [1, num_tokens], not {list(shape)}")
+    return prompt.tolist()  # type: ignore[no-any-return]
 
 
 @asynccontextmanager
 async def _serving(config: ServeConfig) -> AsyncIterator[tuple[Coordinator, str]]:
     """Run a worker and a coordinator of `config`; give the coordinator and the address for clients."""
+    for name in ("cluster", "coordinator", "worker"):  # a library raises; it prints only where logging is configured
+        logging.getLogger(name).addHandler(_SILENT)
     make_coordinator, build_server = await asyncio.to_thread(_load_parts)
     token = find_token()
     spec = await asyncio.to_thread(resolve, config.model, revision=config.revision, token=token)

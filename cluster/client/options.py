@@ -33,17 +33,28 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None  # subtracted per occurrence in the output; 0: off
     logit_bias: Mapping[int, float] | None  # token id → added to its logit; -inf forbids it
     seed: int | None  # same seed, same text; drawn by the server otherwise
-    stop: str | Sequence[str]  # the text ends before the first of these
-    stop_token_ids: Iterable[int]
-    ignore_eos: bool  # go on after the model's end-of-sequence tokens
+    stop: str | Sequence[str] | None  # the text ends before the first of these
+    stop_token_ids: Iterable[int] | None
+    ignore_eos: bool | None  # go on after the model's end-of-sequence tokens
     logprobs: int | None  # log probabilities of the chosen tokens and of this many best ones
     prompt_logprobs: int | None  # the same for the prompt's tokens
-    num_completions: int  # independent completions of the prompt
-    echo: bool  # give the prompt back first
-    model: str  # needed only where a server serves several
+    num_completions: int | None  # independent completions of the prompt
+    echo: bool | None  # give the prompt back first
+    model: str | None  # needed only where a server serves several
     request_id: str | None  # unique among your live requests; made for you otherwise
     silence_timeout: float | None  # seconds without any message, not in total; the client's own otherwise
     on_progress: Callable[[Progress], None] | None  # called while waiting for the first token
+
+
+_OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens, which counts without the prompt",
+    "do_sample": "temperature (0: greedy)",
+    "num_return_sequences": "num_completions",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+}
+"""What transformers calls some of them."""
 
 
 def check_names(options: Mapping[str, object]) -> None:
@@ -51,25 +62,28 @@ def check_names(options: Mapping[str, object]) -> None:
     unknown = sorted(options.keys() - GenerateOptions.__annotations__.keys())
     if unknown:
         known = ", ".join(GenerateOptions.__annotations__)
-        raise TypeError(f"unknown option {unknown[0]!r}; the options are {known}")
+        instead = _OTHER_NAMES.get(unknown[0])
+        way_out = f"use {instead}" if instead else f"the options are {known}"
+        raise TypeError(f"unknown option {unknown[0]!r}; {way_out}")
 
 
 def generate_request(prompt: Prompt, options: GenerateOptions, *, request_id: str) -> service.GenerateRequest:
     """Return the message for a prompt; InvalidRequestError names the value that a message cannot carry."""
     check_names(options)
+    values: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     request = service.GenerateRequest(
-        model=options.get("model", ""),
+        model=values.get("model", ""),
         request_id=request_id,
-        sampling=_sampling(options),
-        stop=_stop_rules(options),
+        sampling=_sampling(values),
+        stop=_stop_rules(values),
         logprobs=_message(
             generation.LogprobOptions,
-            num_logprobs=("logprobs", options.get("logprobs")),
-            num_prompt_logprobs=("prompt_logprobs", options.get("prompt_logprobs")),
+            num_logprobs=("logprobs", values.get("logprobs")),
+            num_prompt_logprobs=("prompt_logprobs", values.get("prompt_logprobs")),
         ),
-        echo=options.get("echo", False),
+        echo=values.get("echo", False),
     )
-    _set(request, "num_completions", "num_completions", options.get("num_completions", 1))
+    _set(request, "num_completions", "num_completions", values.get("num_completions", 1))
     _set_prompt(request, prompt)
     return request
 
@@ -99,19 +113,18 @@ _SAMPLING_NAMES = (
 )
 
 
-def _sampling(options: GenerateOptions) -> generation.SamplingParams:
-    values: Mapping[str, object] = options
+def _sampling(values: Mapping[str, object]) -> generation.SamplingParams:
     return _message(generation.SamplingParams, **{name: (name, values.get(name)) for name in _SAMPLING_NAMES})
 
 
-def _stop_rules(options: GenerateOptions) -> generation.StopRules:
-    stop = options.get("stop", ())
+def _stop_rules(values: Mapping[str, Any]) -> generation.StopRules:
+    stop = values.get("stop", ())
     return _message(
         generation.StopRules,
-        max_tokens=("max_tokens", options.get("max_tokens")),
-        stop_strings=("stop", [stop] if isinstance(stop, str) else list(stop)),
-        stop_token_ids=("stop_token_ids", _token_ids("stop_token_ids", options.get("stop_token_ids", ()))),
-        ignore_eos=("ignore_eos", options.get("ignore_eos", False)),
+        max_tokens=("max_tokens", values.get("max_tokens")),
+        stop_strings=("stop", [stop] if isinstance(stop, str) else stop),
+        stop_token_ids=("stop_token_ids", _token_ids("stop_token_ids", values.get("stop_token_ids", ()))),
+        ignore_eos=("ignore_eos", values.get("ignore_eos", False)),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.catalogue import shipped_folder
-from cluster.errors import ConfigurationError, NotFoundError, StageUnavailableError
+from cluster.errors import ConfigurationError, InvalidRequestError, NotFoundError
 from cluster.local import LocalModel
 
 PROMPT = "The state of the union"
@@ -78,7 +78,7 @@ def test_what_is_wrong_is_told_and_nothing_is_left(tmp_path: Path) -> None:
         LocalModel.from_pretrained(str(tmp_path / "nothing"))
     with pytest.raises(ConfigurationError, match="precision"):
         LocalModel.from_pretrained("bloom-tiny", precision="int3")
-    with pytest.raises(StageUnavailableError, match="does not fit"):
+    with pytest.raises(ConfigurationError, match="1 MiB"):
         LocalModel.from_pretrained("bloom-tiny", memory="1MiB", threads=1)
     assert threading.active_count() <= before + 1
 
@@ -123,6 +123,7 @@ def test_ctrl_c_while_it_loads_is_told_at_once_and_alone(
         is_over.wait(60)
 
     monkeypatch.setattr("cluster.local.resolve", resolve)
+    before = set(threading.enumerate())
     with caplog.at_level(logging.WARNING):
         with pytest.raises(KeyboardInterrupt):
             LocalModel.from_pretrained("bloom-tiny", memory="3GiB", threads=1)
@@ -130,4 +131,53 @@ def test_ctrl_c_while_it_loads_is_told_at_once_and_alone(
         is_over.set()
         gc.collect()
     assert not caplog.records
-    assert not [thread for thread in threading.enumerate() if thread.name == "spanwise-local" and thread.is_alive()]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name == "spanwise-local"]
+
+
+def test_more_prompts_than_are_taken_at_once_are_all_answered(model: LocalModel) -> None:
+    assert len(model.generate_many([[5]] * 1100, temperature=0.0, max_tokens=1)) == 1100
+
+
+def test_rows_of_a_tensor_are_several_prompts(model: LocalModel) -> None:
+    row = list(model.tokenize(PROMPT))
+    both = torch.tensor([row, row])
+    assert len({completion.token_ids for completion in model.generate_many(both, **GREEDY)}) == 1
+    with pytest.raises(InvalidRequestError, match="2 rows: give several prompts to generate_many"):
+        model.generate(both)
+    with pytest.raises(InvalidRequestError, match="give a list of them, or use generate"):
+        model.generate_many(PROMPT)
+
+
+@pytest.mark.parametrize("prompt", [torch.tensor(5), torch.zeros((1, 1, 3), dtype=torch.long), torch.tensor([1.5])])
+def test_what_is_not_token_ids_is_refused(model: LocalModel, prompt: torch.Tensor) -> None:
+    with pytest.raises(InvalidRequestError, match=r"must have the shape|must be whole numbers"):
+        model.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"workers": 2}, "workers is a setting of `cluster serve`"),
+        ({"port": 7050}, "port is a setting of `cluster serve`"),
+        ({"device_map": "auto"}, "LocalModel has the unknown setting 'device_map'"),
+        ({"threads": "two"}, "threads must be a whole number, not 'two'"),
+        ({"kv_memory": "much"}, "kv_memory must be a size like 12GiB"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LocalModel.from_pretrained("bloom-tiny", **settings)
+
+
+def test_sizes_may_be_text_and_folders_paths(tmp_path: Path) -> None:
+    with LocalModel.from_pretrained(
+        shipped_folder("bloom-tiny"),
+        precision="int8",
+        memory=float(3 << 30),
+        threads=1,
+        kv_memory="16MiB",
+        store_dir=tmp_path,
+        revision=None,
+    ) as loaded:
+        assert loaded.generate(PROMPT, stop=None, **GREEDY).token_ids
+    assert any(tmp_path.iterdir())

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from cluster.client import ChatMessage, GenerateOptions
-from cluster.client.options import generate_request, tokenize_request
+from cluster.client.options import check_names, generate_request, tokenize_request
 from cluster.errors import InvalidRequestError
 
 
@@ -132,3 +132,20 @@ def test_options_are_those_of_the_documentation():
 def test_a_lone_surrogate_is_the_callers_mistake() -> None:
     with pytest.raises(InvalidRequestError, match="not valid Unicode"):
         generate_request("so \ud800 far", {}, request_id="id")
+
+
+def test_none_is_an_option_left_out():
+    names = GenerateOptions.__annotations__
+    assert generate_request("x", dict.fromkeys(names), request_id="r") == generate_request("x", {}, request_id="r")
+
+
+def test_the_option_that_transformers_calls_otherwise_is_named():
+    with pytest.raises(TypeError, match="unknown option 'max_new_tokens'; use max_tokens"):
+        check_names({"max_new_tokens": 3})
+    with pytest.raises(TypeError, match=r"use temperature \(0: greedy\)"):
+        check_names({"do_sample": False})
+
+
+def test_stop_that_is_no_text_is_named():
+    with pytest.raises(InvalidRequestError, match="stop cannot be 5"):
+        generate_request("x", {"stop": 5}, request_id="r")
