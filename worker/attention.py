@@ -3,11 +3,12 @@
 Covers causal attention with grouped heads, sliding windows, rotary embeddings and ALiBi; keys and values are read in
 place. Projections belong to the block definitions.
 
-Three ways to the same numbers. Single tokens go to a kernel or several together, see `worker.decode_attention`. torch's
-fused attention takes one contiguous run of slots. The paged way takes any runs, and gives a token the same bits
-whatever is computed with it and however its sequence was cut: a greatest score does not depend on order, and everything
-that does is summed per TILE of positions, tile after tile in the order of positions. A tile that a token cannot see
-adds an exact zero.
+On a CPU a compiled kernel takes all tokens, see `worker.native.attention`. Elsewhere there are three ways to the same
+numbers. Single tokens of several sequences go together, see `worker.decode_attention`. torch's fused attention takes
+one contiguous run of slots. The paged way takes any runs, and gives a token the same bits whatever is computed with it
+and however its sequence was cut, as the kernel does: a greatest score does not depend on order, and everything that
+does is summed per TILE of positions, tile after tile in the order of positions. A tile that a token cannot see adds an
+exact zero.
 """
 
 from __future__ import annotations
@@ -81,15 +82,19 @@ def attend(
 
     `query` is `[num_tokens, num_heads, head_dim]`, `key` and `value` `[num_tokens, num_kv_heads, head_dim]`; `block`
     counts from the span's start. With `rotary` queries and keys are rotated first. A token at position p sees positions
-    `(p - window, p]`. ALiBi adds `slope * (key position - p)` to a head's scores. With `is_exact` a token's bits depend
-    on its own sequence alone. The blocks of a step share `plans`.
+    `(p - window, p]`. ALiBi adds `slope * (key position - p)` to a head's scores. With `is_exact`, or where the kernel
+    is, a token's bits depend on its own sequence alone. The blocks of a step share `plans`.
     """
     query = _store(query, key, value, rotary, cache, block, layout)
     keys, values = cache.keys[block], cache.values[block]
-    plan = DecodePlan(others=layout.slices) if is_exact else (plans or DecodePlans()).plan(layout, query, keys, window)
+    plans = plans or DecodePlans()
+    if is_compiled(query, keys):
+        rows, out = query.float(), torch.empty(query.shape)
+        for tokens in plans.compiled(layout, query, keys, window):
+            attend_tokens(out, rows, keys, values, tokens, scale, alibi_slopes)
+        return out.to(query.dtype)
+    plan = DecodePlan(others=layout.slices) if is_exact else plans.grouped(layout, keys, window)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    if plan.tokens is not None:
-        attend_tokens(out, query, keys, values, plan.tokens, scale, alibi_slopes)
     for group in plan.groups:
         part = attend_group(query, keys, values, group, scale=scale, alibi_slopes=alibi_slopes)
         out.index_copy_(0, group.rows, part)
@@ -109,8 +114,9 @@ def _store(
     layout: AttentionLayout,
 ) -> Tensor:
     """Write keys and values to the cache; return the queries. With `rotary` queries and keys are rotated."""
-    cache.clear_tails(block, layout)
-    if is_compiled(query, cache.keys[block]):
+    if not is_compiled(query, cache.keys[block]):
+        cache.clear_tails(block, layout)
+    elif query.dtype is torch.float32:
         return store_tokens(query, key, value, rotary, layout.slots, cache.keys[block], cache.values[block])
     if rotary:
         query, key = rotate(query, rotary), rotate(key, rotary)

@@ -1,8 +1,8 @@
 """Attention of a step's single tokens, those of many sequences at once.
 
-Covers which sequences go together and the arithmetic; `worker.attention` takes everything else: longer slices and exact
-results. A compiled kernel takes all single tokens where there is one (`worker.native.attention`). torch's products take
-them in groups, but for contexts so long that a call per sequence costs nothing beside reading them.
+Covers which sequences go together and the arithmetic, where there is no compiled kernel; `worker.attention` takes
+everything else: longer slices and exact results. torch's products take single tokens in groups, but for contexts so
+long that a call per sequence costs nothing beside reading them.
 
 A group's keys are gathered into one tensor, as many positions per sequence as its longest one has. Sequences are
 grouped by length, so that little is gathered in vain; what a shorter one lacks is a repetition of its own first slots,
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from worker.kv_cache import AttentionLayout, SliceLayout
-from worker.native.attention import TokenPlan, is_compiled, plan_tokens
+from worker.native.attention import TokenPlan, plan_tokens
 
 UNIT = 32  # slots gathered at a time: a whole tile would be more in vain
 MAX_GROUP_BYTES = 8 << 20  # of one group's keys and values
@@ -43,32 +43,34 @@ class DecodeGroup:
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """How a step is divided between the kernel, this module's products and the attention of single slices."""
+    """How a step is divided between this module's products and the attention of single slices."""
 
-    tokens: TokenPlan | None = None
     groups: tuple[DecodeGroup, ...] = ()
     others: tuple[SliceLayout, ...] = ()
 
 
 class DecodePlans:
-    """The plans of one step: blocks whose caches and windows are alike share one."""
+    """The plans of one step: blocks whose heads, caches and windows are alike share one."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[torch.Size, int | None], DecodePlan] = {}
+        self._grouped: dict[tuple[torch.Size, int | None], DecodePlan] = {}
+        self._compiled: dict[tuple[int, torch.Size, int | None], tuple[TokenPlan, ...]] = {}
 
-    def plan(self, layout: AttentionLayout, query: Tensor, keys: Tensor, window: int | None) -> DecodePlan:
-        """Divide a step's slices, for a block with these queries and this cache of keys."""
+    def compiled(
+        self, layout: AttentionLayout, query: Tensor, keys: Tensor, window: int | None
+    ) -> tuple[TokenPlan, ...]:
+        """Describe a step's tokens to the kernel, for a block with these queries and this cache of keys."""
+        key = (query.shape[1], keys.shape, window)
+        if key not in self._compiled:
+            self._compiled[key] = plan_tokens(layout.slices, window, query, keys.shape[0])
+        return self._compiled[key]
+
+    def grouped(self, layout: AttentionLayout, keys: Tensor, window: int | None) -> DecodePlan:
+        """Divide a step's slices, for a block with this cache of keys."""
         key = (keys.shape, window)
-        if key not in self._plans:
-            plan = _plan_compiled if is_compiled(query, keys) else _plan_groups
-            self._plans[key] = plan(layout.slices, keys, window)
-        return self._plans[key]
-
-
-def _plan_compiled(slices: Sequence[SliceLayout], _: Tensor, window: int | None) -> DecodePlan:
-    singles = [slice_ for slice_ in slices if slice_.num_tokens == 1]
-    others = tuple(slice_ for slice_ in slices if slice_.num_tokens > 1)
-    return DecodePlan(tokens=plan_tokens(singles, window) if singles else None, others=others)
+        if key not in self._grouped:
+            self._grouped[key] = _plan_groups(layout.slices, keys, window)
+        return self._grouped[key]
 
 
 def _plan_groups(slices: Sequence[SliceLayout], keys: Tensor, window: int | None) -> DecodePlan:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,9 +20,12 @@ from cluster.request import SequenceId
 from worker import attention
 from worker.attention import attend
 from worker.kv_cache import KVCache
+from worker.native.attention import is_compiled, kernels
 
 PAGE_SIZE = 64
 NUM_PAGES = 16
+KERNEL, TORCH, EXACT = WAYS = ("kernel", "torch", "torch, exact")
+EXACT_WAYS = (KERNEL, EXACT) if kernels() else (EXACT,)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def run(
     tables: dict[int, Sequence[int]],
     steps: Sequence[Sequence[Chunk]],
     *,
-    is_exact: bool = False,
+    way: str = KERNEL,
 ) -> dict[int, Tensor]:
     """Run the steps; return each sequence's outputs `[num_tokens, num_heads, head_dim]`, in order of computation."""
     cache.apply(step([], [PageDelta(SequenceId(i), 0, tuple(pages)) for i, pages in tables.items()]))
@@ -105,10 +109,11 @@ def run(
         cuts = [sequences[chunk.sequence_id].cut(chunk) for chunk in chunks]
         query, key, value = (torch.cat(parts, dim=1).transpose(0, 1) for parts in zip(*cuts, strict=True))
         layout = cache.layout(step(chunks))
-        out = attend(
-            query, key, value, cache, 0, layout,
-            scale=model.head_dim**-0.5, window=model.window, alibi_slopes=model.slopes, is_exact=is_exact,
-        )  # fmt: skip
+        with patch.object(attention, "is_compiled", is_compiled if way == KERNEL else lambda *_: False):
+            out = attend(
+                query, key, value, cache, 0, layout,
+                scale=model.head_dim**-0.5, window=model.window, alibi_slopes=model.slopes, is_exact=way == EXACT,
+            )  # fmt: skip
         for chunk, part in zip(chunks, out.split([chunk.length for chunk in chunks]), strict=True):
             outputs[chunk.sequence_id].append(part)
     return {i: torch.cat(parts) for i, parts in outputs.items() if parts}
@@ -162,32 +167,35 @@ def threads(number: int) -> Iterator[None]:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.data(), models, st.integers(2, 300), page_orders, st.booleans())
+@given(st.data(), models, st.integers(2, 300), page_orders, st.sampled_from(WAYS))
 def test_any_chunking_and_placement_computes_the_definition(
-    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], is_exact: bool
+    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], way: str
 ) -> None:
     sequence = projections(model, num_tokens, seed=num_tokens)
     steps = cut_into(data.draw(chunkings(num_tokens)))
-    out = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=is_exact)
+    out = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, way=way)
     torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.data(), models, st.integers(2, 300), page_orders, st.sampled_from([1, 2]))
+@given(st.data(), models, st.integers(2, 600), page_orders, st.sampled_from([1, 2]), st.sampled_from(EXACT_WAYS))
 def test_exact_attention_gives_the_same_bits_for_any_chunking_and_placement(
-    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], num_threads: int
+    data: st.DataObject, model: Model, num_tokens: int, pages: list[int], num_threads: int, way: str
 ) -> None:
     sequence = projections(model, num_tokens, seed=num_tokens)
     steps = cut_into(data.draw(chunkings(num_tokens)))
     with threads(num_threads):
-        whole = run(model, new_cache(model), {0: sequence}, {0: range(9)}, cut_into([num_tokens]), is_exact=True)
-        cut = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, is_exact=True)
+        whole = run(model, new_cache(model), {0: sequence}, {0: range(10)}, cut_into([num_tokens]), way=way)
+        cut = run(model, new_cache(model), {0: sequence}, {0: pages}, steps, way=way)
     assert torch.equal(whole[0], cut[0])
 
 
+@pytest.mark.parametrize("way", EXACT_WAYS)
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("model", [Model(8, 2, 64), Model(12, 12, 64, is_alibi=True), Model(8, 1, 32, window=70)])
-def test_exact_decode_gives_the_bits_of_prefill_whatever_the_neighbours(model: Model, num_threads: int) -> None:
+def test_exact_decode_gives_the_bits_of_prefill_whatever_the_neighbours(
+    model: Model, num_threads: int, way: str
+) -> None:
     sequences = {i: projections(model, 200, seed=i) for i in range(4)}
     tables = {i: range(4 * i, 4 * i + 4) for i in range(4)}
     whole = [Chunk(0, 0, 150)]
@@ -197,57 +205,57 @@ def test_exact_decode_gives_the_bits_of_prefill_whatever_the_neighbours(model: M
         [Chunk(3, 0, 190), Chunk(0, 132, 18), Chunk(1, 112, 2)],
     ]
     with threads(num_threads):
-        alone = run(model, new_cache(model), sequences, tables, [whole], is_exact=True)
-        among = run(model, new_cache(model), sequences, tables, neighbours, is_exact=True)
+        alone = run(model, new_cache(model), sequences, tables, [whole], way=way)
+        among = run(model, new_cache(model), sequences, tables, neighbours, way=way)
     assert torch.equal(alone[0], among[0])
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pages", [(0, 1, 2), (5, 2, 9)])
-def test_a_16_bit_cache_rounds_keys_and_values_only(dtype: torch.dtype, is_exact: bool, pages: tuple[int, ...]) -> None:
+def test_a_16_bit_cache_rounds_keys_and_values_only(dtype: torch.dtype, way: str, pages: tuple[int, ...]) -> None:
     model = Model(6, 3, 16)
     sequence = projections(model, 150, seed=1)
     rounded = Projections(sequence.query, sequence.key.to(dtype).float(), sequence.value.to(dtype).float())
     cache = new_cache(model, dtype)
-    out = run(model, cache, {0: sequence}, {0: pages}, cut_into([100, 1, 49]), is_exact=is_exact)
+    out = run(model, cache, {0: sequence}, {0: pages}, cut_into([100, 1, 49]), way=way)
     torch.testing.assert_close(out[0], reference(model, rounded), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
-def test_computes_in_16_bits_with_a_16_bit_cache(is_exact: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_computes_in_16_bits_with_a_16_bit_cache(way: str) -> None:
     model = Model(6, 3, 16)
     exact = projections(model, 100, seed=1)
     sequence = Projections(exact.query.bfloat16(), exact.key.bfloat16(), exact.value.bfloat16())
     cache = new_cache(model, torch.bfloat16)
-    out = run(model, cache, {0: sequence}, {0: (3, 1)}, cut_into([99, 1]), is_exact=is_exact)
+    out = run(model, cache, {0: sequence}, {0: (3, 1)}, cut_into([99, 1]), way=way)
     assert out[0].dtype == torch.bfloat16
     torch.testing.assert_close(out[0].float(), reference(model, exact), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("pages", [range(5), (4, 2, 9, 1, 6)])
-def test_decode_reads_no_tile_outside_the_window(is_exact: bool, pages: Sequence[int]) -> None:
+def test_decode_reads_no_tile_outside_the_window(way: str, pages: Sequence[int]) -> None:
     model = Model(4, 2, 16, window=40)
     sequence = projections(model, 300, seed=1)
     cache = new_cache(model)
-    run(model, cache, {0: sequence}, {0: pages}, cut_into([299]), is_exact=is_exact)
+    run(model, cache, {0: sequence}, {0: pages}, cut_into([299]), way=way)
     for page in list(pages)[:4]:  # position 299 sees 260 … 299, which lie in the fifth page
         cache.keys[0][:, page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = torch.nan
         cache.values[0][:, page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = torch.nan
-    out = run(model, cache, {0: sequence}, {}, [[Chunk(0, 299, 1)]], is_exact=is_exact)
+    out = run(model, cache, {0: sequence}, {}, [[Chunk(0, 299, 1)]], way=way)
     torch.testing.assert_close(out[0], reference(model, sequence)[299:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_exact", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("pages", [range(5), (4, 2, 9, 1, 6)])
 def test_long_chunks_are_computed_in_tiles_with_the_same_result(
-    is_exact: bool, pages: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    way: str, pages: Sequence[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "MAX_SCORES", 4 * 300 * 7)  # seven queries at a time
     model = Model(4, 2, 16, window=100)
     sequence = projections(model, 300, seed=1)
-    out = run(model, new_cache(model), {0: sequence}, {0: pages}, cut_into([300]), is_exact=is_exact)
+    out = run(model, new_cache(model), {0: sequence}, {0: pages}, cut_into([300]), way=way)
     torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
 
 

@@ -1,12 +1,13 @@
-"""The compiled attention of single tokens, and the compiled way of queries, keys and values to it.
+"""The compiled attention of a step's tokens, and the compiled way of queries, keys and values to it.
 
 Covers the call of both kernels and what they are told of a step; `worker.attention` says when. They compute in fp32 on
-the CPU, over a cache of any floating dtype.
+the CPU, over a cache of any floating dtype. A token's bits depend on its own sequence up to itself alone: neither on
+what else is computed, nor on how its sequence was cut into steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,6 +18,8 @@ from worker.kv_cache import TILE, SliceLayout
 from worker.native.library import Kernel, library
 
 PART = 4 * TILE  # positions that the kernel sums together
+ROWS = 8  # heads of adjacent tokens that the kernel computes together
+MAX_PARTIAL_BYTES = 8 << 20  # of what several parts of tokens give, until they are put together
 MAX_HEAD_DIM = 512
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -38,60 +41,103 @@ def kernels() -> Kernels | None:
     if library() is None:
         return None
     return Kernels(
-        Kernel("decode_attention", "ppii" + "ppii" + "pi" + "pi" + "pp" + "iiifpi"),
+        Kernel("attention", "ppii" + "ppii" + "pi" + "pi" + "ppi" + "iiifpi"),
         Kernel("store_tokens", "p" + 3 * "pii" + "ppi" + "ppp" + 7 * "i"),
     )
 
 
 def is_compiled(query: Tensor, stored: Tensor) -> bool:
-    """Tell whether the kernels take queries `[..., head_dim]` and a cache's tensor `stored`."""
-    fits = query.dtype is torch.float32 and stored.dtype in _ELEMENTS and query.shape[-1] <= MAX_HEAD_DIM
+    """Tell whether the kernel attends with queries `[..., head_dim]` to a cache's tensor `stored`."""
+    fits = query.dtype in _ELEMENTS and stored.dtype in _ELEMENTS and query.shape[-1] <= MAX_HEAD_DIM
     return fits and query.device.type == "cpu" and kernels() is not None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPlan:
-    """Single tokens as the kernel wants them described, in int64; see Token in src/attention.cpp."""
+    """Tokens as the kernel wants them described, in int64; see Tokens in src/attention.cpp."""
 
-    tokens: Tensor  # [size, 6]: row, first visible position, own position, first tile, first part, number of parts
-    parts: Tensor  # [num_parts]: whose; each is of PART positions, the first of a token from a whole tile on
+    tokens: Tensor  # [size, 7]: first row, count, first visible and own position, first tile, parts, first partial
+    parts: Tensor  # [num_parts, 2]: of which tokens, and which of theirs, in an order that keeps keys in the cache
     tiles: Tensor  # [num_tiles]: first slots
-
-    @property
-    def has_partials(self) -> bool:
-        """Tell whether a token has several parts."""
-        return self.parts.shape[0] > self.tokens.shape[0]
+    num_partials: int  # of tokens with several parts, one per part
 
 
-def plan_tokens(slices: Sequence[SliceLayout], window: int | None) -> TokenPlan:
-    """Describe slices of one token each."""
-    tokens: list[tuple[int, ...]] = []
-    parts: list[int] = []
-    tiles: list[int] = []
-    for number, slice_ in enumerate(slices):
-        first = 0 if window is None else max(0, slice_.context_length - window)
-        runs = slice_.runs_between(first // TILE * TILE, -(-slice_.context_length // TILE) * TILE)
-        own = [slot for start, stop in runs for slot in range(start, stop, TILE)]
-        num_parts = -(-len(own) * TILE // PART)
-        tokens.append((slice_.start_row, first, slice_.start_position, len(tiles), len(parts), num_parts))
-        parts += [number] * num_parts
-        tiles += own
-    return TokenPlan(torch.tensor(tokens), torch.tensor(parts), torch.tensor(tiles))
+class _Planner:
+    """Collects the tokens of one call of the kernel."""
+
+    def __init__(self) -> None:
+        self.tokens: list[tuple[int, ...]] = []
+        self.parts: list[tuple[int, int, int]] = []  # slice, part, tokens: sorted, in the order of computation
+        self.tiles: list[int] = []
+        self.num_partials = 0
+
+    def add(self, slice_: SliceLayout, positions: range, first_visible: int, first_tile: int) -> None:
+        """Add adjacent tokens of a slice, whose tiles begin at `first_tile` of the list."""
+        num_parts = -(-(positions.stop - first_visible // TILE * TILE) // PART)
+        self.parts += [(slice_.start_row, part, len(self.tokens)) for part in range(num_parts)]
+        row = slice_.start_row + positions.start - slice_.start_position
+        place = (first_visible, positions.start, first_tile, num_parts, self.num_partials)
+        self.tokens.append((row, len(positions), *place))
+        self.num_partials += num_parts * len(positions) if num_parts > 1 else 0
+
+    def plan(self) -> TokenPlan:
+        """Return what was collected."""
+        parts = [(tokens, part) for _, part, tokens in sorted(self.parts)]
+        return TokenPlan(*map(torch.tensor, (self.tokens, parts, self.tiles)), self.num_partials)
+
+
+def plan_tokens(
+    slices: Sequence[SliceLayout], window: int | None, query: Tensor, num_kv_heads: int
+) -> tuple[TokenPlan, ...]:
+    """Describe the tokens of slices, to be attended with one plan after the other. `query` is
+    `[num_tokens, num_heads, head_dim]`."""
+    _, num_heads, head_dim = query.shape
+    width = max(1, ROWS * num_kv_heads // num_heads)
+    max_partials = MAX_PARTIAL_BYTES // (4 * num_heads * (head_dim + 2))
+    planners = [_Planner()]
+    for slice_ in slices:
+        first_tile, base = None, 0
+        for positions, first_visible in _together(slice_, window, width):
+            if planners[-1].num_partials > max_partials:
+                planners.append(_Planner())
+                first_tile = None
+            planner = planners[-1]
+            if first_tile is None:
+                first_tile, base = first_visible // TILE, len(planner.tiles)
+                planner.tiles += _tiles(slice_, first_tile)
+            planner.add(slice_, positions, first_visible, base + first_visible // TILE - first_tile)
+    return tuple(planner.plan() for planner in planners if planner.tokens)
+
+
+def _together(slice_: SliceLayout, window: int | None, width: int) -> Iterator[tuple[range, int]]:
+    """Cut a slice's positions where the kernel must; yield each piece and the first position that it sees."""
+    start, end = slice_.start_position, slice_.context_length
+    whole = end if window is None else window  # positions below see all before them
+    while start < end:
+        first_visible = 0 if start < whole else start - (whole - 1)
+        stop = min(end, whole, start + width, (start // PART + 1) * PART) if start < whole else start + 1
+        yield range(start, stop), first_visible
+        start = stop
+
+
+def _tiles(slice_: SliceLayout, first: int) -> list[int]:
+    """Return the first slots of a slice's tiles, from a given one on."""
+    runs = slice_.runs_between(first * TILE, -(-slice_.context_length // TILE) * TILE)
+    return [slot for start, stop in runs for slot in range(start, stop, TILE)]
 
 
 def attend_tokens(
     out: Tensor, query: Tensor, keys: Tensor, values: Tensor, plan: TokenPlan, scale: float, slopes: Tensor | None
 ) -> None:
-    """Fill the rows of `out` that `plan` names. `query` and `out` are `[num_tokens, num_heads, head_dim]`, `out`
+    """Fill the rows of `out` that `plan` names. `query` and `out` are fp32 `[num_tokens, num_heads, head_dim]`, `out`
     contiguous; `keys` and `values` are a block's cache, `slopes` ALiBi's `[num_heads]` in fp32."""
     found = kernels()
     assert found is not None
     _, num_heads, head_dim = query.shape
-    num_parts = plan.parts.shape[0]
-    partials = query.new_empty(num_parts * num_heads * (head_dim + 2)) if plan.has_partials else None
+    partials = query.new_empty(plan.num_partials * num_heads * (head_dim + 2)) if plan.num_partials else None
     found.attend(
         out, query, query.stride(0), query.stride(1), keys, values, _ELEMENTS[keys.dtype], keys.shape[1],
-        plan.tokens, plan.tokens.shape[0], plan.parts, num_parts, plan.tiles, partials,
+        plan.tokens, plan.tokens.shape[0], plan.parts, plan.parts.shape[0], plan.tiles, partials, plan.num_partials,
         num_heads, keys.shape[0], head_dim, scale, slopes, torch.get_num_threads(),
     )  # fmt: skip
 

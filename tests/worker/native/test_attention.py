@@ -94,8 +94,8 @@ class Work:
             runs = tuple((page * PAGE_SIZE, (page + 1) * PAGE_SIZE) for page in own)
             slices.append(SliceLayout(row, row + 1, context - 1, runs))
         out = torch.empty(query.shape)
-        plan = native.plan_tokens(slices, self.window)
-        native.attend_tokens(out, query, keys, values, plan, self.head_dim**-0.5, self.slopes)
+        for plan in native.plan_tokens(slices, self.window, query, self.num_kv_heads):
+            native.attend_tokens(out, query, keys, values, plan, self.head_dim**-0.5, self.slopes)
         return out
 
     def reference(self) -> Tensor:
