@@ -82,8 +82,9 @@ class _Planner:
 
     def plan(self) -> TokenPlan:
         """Return what was collected."""
-        parts = [(tokens, part) for _, part, tokens in sorted(self.parts)]
-        return TokenPlan(*map(torch.tensor, (self.tokens, parts, self.tiles)), self.num_partials)
+        parts = [(number, part) for _, part, number in sorted(self.parts)]
+        tokens, tiles = torch.tensor(self.tokens), torch.tensor(self.tiles)
+        return TokenPlan(tokens, torch.tensor(parts), tiles, self.num_partials)
 
 
 def plan_tokens(
