@@ -28,6 +28,7 @@ from worker.heap import trim_heap
 from worker.kv_cache import KVCache
 from worker.libraries import forget_libraries
 from worker.linear import LinearNumerics
+from worker.native.attention import kernels
 from worker.numerics import DTYPES, choose_compute_dtype, has_native_bf16, name_of
 from worker.part_weights import PartBuilder, PartTensors, RowTable
 from worker.quantization.bitsandbytes import has_plain_absmaxes, is_kept
@@ -100,11 +101,13 @@ class TorchSpanLoader:
         numerics = _choose_numerics(order, self._device)
         parts = architecture.parts(order.span, is_first=order.stage == 0, is_last=order.stage == order.num_stages - 1)
         progress = _Progress(order.precision, parts, on_progress)
-        linear_numerics = LinearNumerics(numerics.compute, self._device, order.is_exact, order.outlier_threshold)
+        linear_numerics = LinearNumerics(
+            numerics.compute, self._device, numerics.is_exact, order.outlier_threshold, is_checked=order.is_exact
+        )
         builder = PartBuilder(linear_numerics, progress.count)
         with self._open_weights(order, architecture, parts, on_progress, neighbours) as weights:
             progress.begin()
-            built = _build_span(order, architecture, parts, builder, weights)
+            built = _build_span(order, architecture, parts, builder, weights, is_exact=numerics.is_exact)
         return _assemble(order, architecture, numerics, built, builder.weight_bytes)
 
     def _open_weights(
@@ -184,14 +187,20 @@ class _BuiltSpan:
 
 
 def _build_span(
-    order: LoadOrder, architecture: Architecture, parts: Sequence[Part], builder: PartBuilder, weights: SpanWeights
+    order: LoadOrder,
+    architecture: Architecture,
+    parts: Sequence[Part],
+    builder: PartBuilder,
+    weights: SpanWeights,
+    *,
+    is_exact: bool,
 ) -> _BuiltSpan:
     """Build everything; where weights are streamed, reading ahead begins."""
     built = {part.name: _build_part(builder, architecture, part, weights) for part in parts}
     forget_libraries()
     entrance = Entrance(_open_table(weights, parts[0]), built[EMBEDDING]) if EMBEDDING in built else None
     streams = weights.streams
-    finisher = Finisher(architecture, streams, order.is_exact)
+    finisher = Finisher(architecture, streams, is_exact)
     blocks = [finisher.finish(name, built[name]) for name in map(block_part, order.span.blocks())]
     if streams is None:
         return _BuiltSpan(entrance, blocks, built.get(HEAD), None, 0.0)
@@ -304,7 +313,8 @@ def _choose_numerics(order: LoadOrder, device: torch.device) -> StageNumerics:
     compute = choose_compute_dtype(order.precision, device, is_bf16_native=is_native, asked=order.compute_dtype)
     stored = compute if order.precision.is_quantized else DTYPES[order.precision.value]
     wire = DTYPES.get(order.wire_dtype, compute)
-    return StageNumerics(stored, compute, wire, device, order.is_exact)
+    is_exact = order.is_exact or (device.type == "cpu" and kernels() is not None)  # which cost nothing there
+    return StageNumerics(stored, compute, wire, device, is_exact)
 
 
 def _build_cache(order: LoadOrder, architecture: Architecture, numerics: StageNumerics) -> KVCache:

@@ -1,4 +1,5 @@
-"""With is_exact a token's logits have the same bits however its sequence is cut up and whoever shares its steps."""
+"""A token's logits have the same bits however its sequence is cut up and whoever shares its steps: with is_exact, and
+on CPUs with our kernels also without it."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from cluster.model_spec import SUPPORTED_ARCHITECTURES, Precision
 from tests.checkpoints import make_checkpoint
 from tests.worker.pipeline_driver import PipelineDriver, load_pipeline, recorded_logits
 from tests.worker.test_parity import make_prompt
+from worker.native.attention import kernels
 
 LONG_PROMPT, SHORT_PROMPT = make_prompt(75), make_prompt(20)  # of two pages and of one
 MAX_TOKENS = 4
+IS_EXACT_ASKED = kernels() is None
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
@@ -55,14 +58,15 @@ def assert_bits_do_not_depend_on_company(pipeline: PipelineDriver, prompt: list[
 def test_bits_do_not_depend_on_company(tmp_path: Path, architecture: str, num_threads: int) -> None:
     folder = make_checkpoint(tmp_path, architecture)
     prompt = LONG_PROMPT if num_threads == 1 else SHORT_PROMPT  # threads that wait for a busy core take long
-    assert_bits_do_not_depend_on_company(load_pipeline(folder, 2, is_exact=True), prompt)
+    assert_bits_do_not_depend_on_company(load_pipeline(folder, 2, is_exact=IS_EXACT_ASKED), prompt)
 
 
 @pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("is_exact", sorted({IS_EXACT_ASKED, True}))
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 @pytest.mark.parametrize("architecture", ["bloom", "llama", "mixtral"])
 def test_bits_of_a_wider_model_do_not_depend_on_company(
-    tmp_path: Path, architecture: str, precision: Precision
+    tmp_path: Path, architecture: str, precision: Precision, is_exact: bool
 ) -> None:
     """Wide enough that torch divides its products and elementwise functions among threads."""
     sizes = {"hidden_size": 264, "num_hidden_layers": 1}
@@ -72,5 +76,5 @@ def test_bits_of_a_wider_model_do_not_depend_on_company(
         "mixtral": {**sizes, "intermediate_size": 1030},
     }
     folder = make_checkpoint(tmp_path, architecture, by_architecture[architecture])
-    pipeline = load_pipeline(folder, 1, is_exact=True, precision=precision)
+    pipeline = load_pipeline(folder, 1, is_exact=is_exact, precision=precision)
     assert_bits_do_not_depend_on_company(pipeline, SHORT_PROMPT)

@@ -20,6 +20,7 @@ class LinearNumerics:
     device: torch.device
     is_exact: bool  # a row's bits must not depend on the others
     outlier_threshold: float = 6.0  # of int8: larger inputs keep 16 bits, and so do those that stand out; 0: none
+    is_checked: bool = False  # exact ones are refused where this machine's library does otherwise
 
 
 class Scratch:

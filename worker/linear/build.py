@@ -27,8 +27,8 @@ def build_linears(
 
     All of them will be called with the same input, in this order; a list of one is a layer by itself. Layers of one
     stage share a `scratch`. Resident weights are held or packed here, streamed ones asked for their pieces at every
-    call. With `is_exact` a row's bits do not depend on the others; raises ConfigurationError where this machine
-    cannot do that.
+    call. With `is_exact` a row's bits do not depend on the others; with `is_checked`, too, raises
+    ConfigurationError where this machine cannot do that.
     """
     biases = [None if bias is None else bias.to(numerics.device) for bias in biases]
     built: list[nn.Module] = []
@@ -57,7 +57,7 @@ def _build_one(weight: StoredWeight, bias: Tensor | None, numerics: LinearNumeri
         linear = build_nf4(weight, bias, product)
     else:
         linear = build_floating(weight, bias, product, scratch)
-    if numerics.is_exact and not weight.is_streamed:
+    if numerics.is_exact and numerics.is_checked and not weight.is_streamed:
         check_rows(linear, torch.zeros(1, weight.shape[1], dtype=product.compute, device=product.device))
     return linear if product == numerics else WidenedLinear(linear)
 
