@@ -71,7 +71,10 @@ class ServeConfig:
     discard_source: bool = _setting(False, "delete each downloaded file once it is converted")
     store_quota: int = _setting(0, "that the block store may take per node; 0: no limit", unit="bytes")
     disk_reserve: int = _setting(1 << 30, "of a disk that downloads and conversions leave free", unit="bytes")
-    exact: bool = _setting(False, "fixed reduction order everywhere: the same tokens whatever else is served")
+    exact: bool = _setting(
+        False,
+        "a fixed order of sums also on GPUs and without compiled kernels: the same tokens whatever else is served",
+    )
     max_running: int = _setting(256, "sequences generated at once")
     max_waiting: int = _setting(1024, "requests queued beyond that; more are refused")
     max_step_tokens: int = _setting(

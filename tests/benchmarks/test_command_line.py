@@ -43,9 +43,9 @@ def test_every_script_that_measures_prints_json(
 def test_help_shows_defaults_as_they_would_be_typed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("exactness", ["--help"], monkeypatch) == 0
+    assert call("serve", ["--help"], monkeypatch) == 0
     shown = capsys.readouterr().out
-    assert "requests at once (default: 1,8)" in shown
+    assert "requests at once (default: 1,8,32)" in shown
     assert "default: None" not in shown
     assert "default: False" not in shown
 
@@ -75,7 +75,6 @@ def test_unknown_names_and_folders_are_refused_in_one_line_before_anything_is_me
 @pytest.mark.parametrize(
     ("script", "arguments", "reason"),
     [
-        ("exactness", ["--model", "/nowhere"], "there is no folder /nowhere"),
         ("ceiling", ["--model", "/nowhere", "--memory", "1GiB"], "there is no folder /nowhere"),
         ("ceiling", ["--model", "/nowhere", "--memory", "1GiB,much"], "memory must be a size"),
     ],
