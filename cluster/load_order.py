@@ -80,3 +80,4 @@ class LoadedReport:
     kv_dtype: str
     streamed_bytes: int = 0  # read from disk at every step
     disk_bytes_per_second: float = 0.0  # what a short probe of that disk gave
+    is_exact: bool = False  # sums have a fixed order

@@ -87,10 +87,10 @@ class StatusBoard:
         """Show workers that answered their hello, before a placement exists."""
         self.stages = [StageRecord(stage, worker) for stage, worker in enumerate(workers)]
 
-    def place(self, placement: Placement, *, is_exact: bool) -> None:
+    def place(self, placement: Placement) -> None:
         """Show a placement whose stages are about to load."""
         self.placement = placement
-        self.stages = [_placed(plan, is_exact) for plan in placement.stages]
+        self.stages = list(map(_placed, placement.stages))
         self.start_epoch()
 
     def start_epoch(self) -> None:
@@ -178,7 +178,7 @@ class StatusBoard:
         return [_describe_stage(record, entry, now) for record, entry in zip(self.stages, totals, strict=True)]
 
 
-def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
+def _placed(plan: StagePlan) -> StageRecord:
     return StageRecord(
         plan.stage,
         plan.worker,
@@ -188,7 +188,6 @@ def _placed(plan: StagePlan, is_exact: bool) -> StageRecord:
         kv_bytes=plan.memory.kv_bytes,
         streamed_bytes=plan.memory.streamed_bytes,
         memory=plan.memory,
-        is_exact=is_exact,
     )
 
 

@@ -58,7 +58,7 @@ async def bring_up(job: BringUp, links: Sequence[StageLink], board: StatusBoard)
     placement = place(workers, sizes, placement_options(job))
     by_worker = {worker.worker_id: link for worker, link in zip(workers, links, strict=True)}
     ordered = [by_worker[plan.worker.worker_id] for plan in placement.stages]
-    board.place(placement, is_exact=job.config.exact)
+    board.place(placement)
     board.message = "loading"
     loads = [
         _load(link, _order(job, placement, plan), placement.epoch, record, job.config.load_timeout)
@@ -165,6 +165,7 @@ async def _load(link: StageLink, order: LoadOrder, epoch: Epoch, record: StageRe
     record.weight_bytes, record.kv_bytes = report.weight_bytes, report.kv_bytes
     record.streamed_bytes, record.disk_bytes_per_second = report.streamed_bytes, report.disk_bytes_per_second
     record.compute_dtype, record.kv_dtype, record.wire_dtype = report.compute_dtype, report.kv_dtype, report.wire_dtype
+    record.is_exact = report.is_exact
     logger.info("stage %s on %s holds blocks %s", order.stage, record.worker.node_name, order.span)
 
 

@@ -364,4 +364,5 @@ def _describe(
         kv_dtype=name_of(cache.keys[0].dtype),
         streamed_bytes=built.disk_weights.streamed_bytes if built.disk_weights else 0,
         disk_bytes_per_second=built.disk_bytes_per_second,
+        is_exact=numerics.is_exact,
     )

@@ -271,6 +271,7 @@ def _report_of(loaded: LoadedSpan) -> LoadedReport:
         loaded.kv_dtype,
         loaded.streamed_bytes,
         loaded.disk_bytes_per_second,
+        loaded.is_exact,
     )
 
 

@@ -242,6 +242,7 @@ def loaded_report_to_proto(report: LoadedReport) -> stage_service_pb2.LoadSpanRe
         kv_dtype=report.kv_dtype,
         streamed_bytes=report.streamed_bytes,
         disk_bytes_per_second=report.disk_bytes_per_second,
+        is_exact=report.is_exact,
     )
 
 
@@ -254,4 +255,5 @@ def loaded_report_from_proto(message: stage_service_pb2.LoadSpanResponse) -> Loa
         kv_dtype=message.kv_dtype,
         streamed_bytes=message.streamed_bytes,
         disk_bytes_per_second=message.disk_bytes_per_second,
+        is_exact=message.is_exact,
     )

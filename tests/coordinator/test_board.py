@@ -43,7 +43,7 @@ def placement_of(*plans: MemoryPlan) -> Placement:
 
 def board_of(plan: MemoryPlan) -> StatusBoard:
     board = StatusBoard(SPEC, has_chat_template=False, clock=SystemClock())
-    board.place(placement_of(plan), is_exact=False)
+    board.place(placement_of(plan))
     return board
 
 

@@ -172,7 +172,7 @@ class StoreOptions(_message.Message):
     def __init__(self, store_folder: _Optional[str] = ..., download_folder: _Optional[str] = ..., is_source_discarded: bool = ..., quota_bytes: _Optional[int] = ..., reserve_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadSpanResponse(_message.Message):
-    __slots__ = ("phase", "bytes_done", "bytes_total", "is_loaded", "weight_bytes", "kv_bytes", "compute_dtype", "wire_dtype", "kv_dtype", "streamed_bytes", "disk_bytes_per_second")
+    __slots__ = ("phase", "bytes_done", "bytes_total", "is_loaded", "weight_bytes", "kv_bytes", "compute_dtype", "wire_dtype", "kv_dtype", "streamed_bytes", "disk_bytes_per_second", "is_exact")
     class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         PHASE_UNSPECIFIED: _ClassVar[LoadSpanResponse.Phase]
@@ -196,6 +196,7 @@ class LoadSpanResponse(_message.Message):
     KV_DTYPE_FIELD_NUMBER: _ClassVar[int]
     STREAMED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    IS_EXACT_FIELD_NUMBER: _ClassVar[int]
     phase: LoadSpanResponse.Phase
     bytes_done: int
     bytes_total: int
@@ -207,7 +208,8 @@ class LoadSpanResponse(_message.Message):
     kv_dtype: str
     streamed_bytes: int
     disk_bytes_per_second: float
-    def __init__(self, phase: _Optional[_Union[LoadSpanResponse.Phase, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., is_loaded: bool = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., streamed_bytes: _Optional[int] = ..., disk_bytes_per_second: _Optional[float] = ...) -> None: ...
+    is_exact: bool
+    def __init__(self, phase: _Optional[_Union[LoadSpanResponse.Phase, str]] = ..., bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., is_loaded: bool = ..., weight_bytes: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., compute_dtype: _Optional[str] = ..., wire_dtype: _Optional[str] = ..., kv_dtype: _Optional[str] = ..., streamed_bytes: _Optional[int] = ..., disk_bytes_per_second: _Optional[float] = ..., is_exact: bool = ...) -> None: ...
 
 class OpenEpochRequest(_message.Message):
     __slots__ = ("epoch", "next_address", "next_node_name")

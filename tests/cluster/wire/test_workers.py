@@ -87,7 +87,7 @@ def test_progress_survives_the_wire(phase):
 
 
 def test_a_report_survives_the_wire_and_is_marked_as_the_last_message():
-    report = LoadedReport(1, 2, "fp32", "bf16", "fp16")
+    report = LoadedReport(1, 2, "fp32", "bf16", "fp16", 3, 4.0, is_exact=True)
     message = loaded_report_to_proto(report)
     assert isinstance(message, service.LoadSpanResponse)
     assert message.is_loaded
