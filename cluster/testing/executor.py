@@ -91,6 +91,7 @@ class FakeLoadedSpan:
     kv_dtype: str = "fp32"
     streamed_bytes: int = 0
     disk_bytes_per_second: float = 0.0
+    is_exact: bool = False
 
 
 @dataclass
