@@ -20,6 +20,7 @@ from cluster.request import SequenceId
 from worker import attention
 from worker.attention import attend
 from worker.kv_cache import KVCache
+from worker.native import attention as native
 from worker.native.attention import is_compiled, kernels
 
 PAGE_SIZE = 64
@@ -257,6 +258,18 @@ def test_long_chunks_are_computed_in_tiles_with_the_same_result(
     sequence = projections(model, 300, seed=1)
     out = run(model, new_cache(model), {0: sequence}, {0: pages}, cut_into([300]), way=way)
     torch.testing.assert_close(out[0], reference(model, sequence), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [Model(8, 1, 32), Model(6, 3, 16, window=270, is_alibi=True)])
+def test_memory_for_long_prompts_is_bounded_without_a_trace(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = {0: projections(model, 700, seed=1), 1: projections(model, 300, seed=2)}
+    tables, steps = {0: range(11), 1: range(11, 16)}, [[Chunk(0, 0, 700), Chunk(1, 0, 300)]]
+    whole = run(model, new_cache(model), sequences, tables, steps)
+    monkeypatch.setattr(native, "MAX_PARTIAL_BYTES", 50_000)
+    cut = run(model, new_cache(model), sequences, tables, steps)
+    for i, sequence in sequences.items():
+        torch.testing.assert_close(whole[i], reference(model, sequence), rtol=1e-4, atol=1e-5)
+        assert torch.equal(cut[i], whole[i])
 
 
 def test_a_rewritten_position_replaces_what_was_there() -> None:
