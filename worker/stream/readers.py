@@ -163,6 +163,7 @@ class Readers:
 
     def _settle(self, fill: Fill) -> None:
         try:
+            fill.extent.forget()
             if fill.error is None and not fill.is_dropped:
                 fill.extent.verify(fill.slot.memory)
         except Exception as error:

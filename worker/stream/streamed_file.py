@@ -17,6 +17,8 @@ from cluster.errors import StorageError
 from worker.store.folder import hold_shared
 from worker.store.manifest import ALIGNMENT, PartManifest, PiecePlace
 
+FOLIO_BYTES = 4 << 20  # at most, of what the page cache holds, and lets go of, as one
+
 ReadAt = Callable[[int, Sequence[memoryview], int], int]
 """`os.preadv`."""
 
@@ -25,7 +27,7 @@ class StreamedFile:
     """Opened when first read. Threads may read at the same time; close it when none does."""
 
     def __init__(self, part: str, path: Path, *, is_direct: bool, read_at: ReadAt = os.preadv) -> None:
-        """`is_direct` bypasses the page cache; otherwise what was read is dropped from it."""
+        """`is_direct` bypasses the page cache."""
         self.part, self.path = part, path
         self._is_direct, self._read_at = is_direct, read_at
         self._lock = threading.Lock()
@@ -41,6 +43,17 @@ class StreamedFile:
         except OSError as error:
             self.suspect()
             raise StorageError(self.damage(error.strerror or str(error))) from error
+
+    def forget(self, offset: int, num_bytes: int) -> None:
+        """Let the page cache forget these bytes, all of which were read.
+
+        It lets go of whole folios alone, which reads ahead make larger than reads are, so that forgetting read by read
+        would leave all of them; and one may have begun before these bytes.
+        """
+        with self._lock:
+            if not self._is_direct and self._descriptor >= 0:
+                start = max(0, offset - FOLIO_BYTES)
+                os.posix_fadvise(self._descriptor, start, offset + num_bytes - start, os.POSIX_FADV_DONTNEED)
 
     def suspect(self) -> None:
         """Open the file again at the next read: what it holds is not what was written."""
@@ -86,8 +99,6 @@ class StreamedFile:
                 self.suspect()
                 num_bytes = os.fstat(descriptor).st_size
                 raise StorageError(self.damage(f"it ends after {num_bytes:,} bytes, so it was cut short"))
-        if not self._is_direct:
-            os.posix_fadvise(descriptor, offset, len(memory), os.POSIX_FADV_DONTNEED)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -129,6 +140,10 @@ class Extent:
         except StorageError as error:
             touched = [c.tensor for c in self.checks if c.start < stop and c.start + c.num_bytes > start]
             raise StorageError(f"{', '.join(touched)} of {error.message}") from error
+
+    def forget(self) -> None:
+        """Let the page cache forget what was read, as soon as all of it was."""
+        self.file.forget(self.offset, self.num_bytes)
 
     def verify(self, memory: memoryview) -> None:
         """Raise StorageError unless every tensor's bytes are those that were written."""

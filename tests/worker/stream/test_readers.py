@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -31,3 +33,28 @@ def test_any_exception_in_a_reader_thread_reaches_whoever_waits_and_later_reads_
         whole = readers.start(extent, slot)
         readers.wait([whole])
         assert whole.error is None
+
+
+def test_the_page_cache_forgets_an_extent_as_a_whole_once_all_of_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read by read it would keep whatever reads ahead brought in one piece with what follows."""
+    reads: list[int] = []
+    forgotten: list[tuple[int, int, int]] = []
+
+    def read_at(descriptor: int, memory: Sequence[memoryview], offset: int) -> int:
+        reads.append(offset)
+        return os.preadv(descriptor, memory, offset)
+
+    def advise(_: int, offset: int, length: int, advice: int) -> None:
+        forgotten.append((offset, length, advice))
+        assert len(reads) == -(-extent.num_bytes // PLAN.read_bytes)
+
+    file, (*_, extent) = make_extents(tmp_path, read_at=read_at)
+    (slot,) = make_slots(1, extent.num_bytes)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with closing(file), closing(Readers(PLAN)) as readers:
+        fill = readers.start(extent, slot)
+        readers.wait([fill])
+    assert fill.error is None
+    assert forgotten == [(0, extent.offset + extent.num_bytes, os.POSIX_FADV_DONTNEED)]
