@@ -100,4 +100,4 @@ class Reading:
                 write(piece.text)
             write("\n\n")
         if stream.summary is not None:
-            stderr().print(f"{stream.summary.usage.num_completion_tokens} tokens; shutting down", style="dim")
+            stderr().print(f"{stream.summary.usage.num_completion_tokens} tokens", style="dim")
