@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,9 +49,10 @@ class StreamedFile:
         """Let the page cache forget these bytes, all of which were read.
 
         It lets go of whole folios alone, which reads ahead make larger than reads are, so that forgetting read by read
-        would leave all of them; and one may have begun before these bytes.
+        would leave all of them; and one may have begun before these bytes. Where a file system takes no such advice, it
+        keeps what it likes.
         """
-        with self._lock:
+        with self._lock, suppress(OSError):
             if not self._is_direct and self._descriptor >= 0:
                 start = max(0, offset - FOLIO_BYTES)
                 os.posix_fadvise(self._descriptor, start, offset + num_bytes - start, os.POSIX_FADV_DONTNEED)
