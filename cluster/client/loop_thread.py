@@ -16,8 +16,8 @@ from cluster.errors import RequestCancelledError
 
 Result = TypeVar("Result")
 
-
 SETTLE_SECONDS = 1.0
+CLOSE_SECONDS = 60.0
 
 
 class LoopClosedError(RuntimeError):
@@ -64,9 +64,12 @@ class LoopThread:
             return  # it has ended
 
     def close(self) -> None:
-        """Cancel what runs, leave the contexts and end the thread. Idempotent, also from several threads at once."""
+        """Cancel what runs, leave the contexts and end the thread. Idempotent, also from several threads at once.
+
+        What does not end within CLOSE_SECONDS is left to the interpreter's end.
+        """
         self.begin_close()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def _submit(self, coroutine: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
         with self._submitting:
