@@ -219,7 +219,7 @@ def _describe_stage(record: StageRecord, totals: StageTotals, now: float) -> ser
         received_bytes=totals.received_bytes,
         hop_seconds=totals.hop_seconds,
         resident_bytes=resident_bytes,
-        streamed_bytes=record.streamed_bytes if has_experts_on_disk else all_bytes - resident_bytes,
+        streamed_bytes=record.streamed_bytes if has_experts_on_disk else max(0, all_bytes - resident_bytes),
         read_bytes=totals.read_bytes,
         stall_seconds=totals.stall_ns / 1e9,
         disk_bytes_per_second=record.disk_bytes_per_second,
